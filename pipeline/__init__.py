@@ -1,0 +1,1 @@
+"""haloseg: seamless U-Net segmentation of scans larger than memory."""

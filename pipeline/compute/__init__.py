@@ -1,0 +1,1 @@
+"""How blocks run: one after another here, or on Dask workers."""

@@ -1,0 +1,106 @@
+"""RunBlocks: the contract between a stage and whatever runs its blocks, and the runner that needs no cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.errors import PipelineError, RunError
+
+log = logging.getLogger("haloseg")
+
+RETRIES = 2
+LARGEST_QUARANTINE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What one finished block did: voxels written, and seconds spent reading, computing and writing."""
+
+    index: int
+    n_voxels: int
+    read_s: float
+    compute_s: float
+    write_s: float
+    peak_rss_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A block that failed again and again, and its last cause in one line."""
+
+    index: int
+    cause: str
+
+
+class BlockWork(Protocol):
+    """A stage's work on any of its blocks; travels to workers by pickle, so it holds paths and settings only.
+
+    ``run`` reads one tile, writes one core and returns a record; running it twice changes nothing. A PipelineError
+    raised in it ends the whole run at once (a full disk, say); any other exception counts against the block alone.
+    """
+
+    def setup(self) -> Any:  # noqa: ANN401 the state is the work's own affair
+        """Return what is needed once per worker, such as the network on its device."""
+        ...
+
+    def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
+        """Do one block."""
+        ...
+
+
+class RunBlocks(Protocol):
+    """Runs a stage's work on the given blocks; returns those that failed again and again."""
+
+    def __call__(
+        self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
+    ) -> tuple[Quarantined, ...]:
+        """Run every block, calling ``on_record`` here, in the caller's thread, as each one finishes."""
+        ...
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the error in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+def check_quarantine(quarantined: list[Quarantined]) -> None:
+    """Stop a run in which so many blocks fail that it is the run that is broken, not the blocks."""
+    if len(quarantined) >= LARGEST_QUARANTINE:
+        raise RunError(
+            f"at most {LARGEST_QUARANTINE - 1} blocks of a run may fail, got {len(quarantined)}; "
+            f"the last cause: {quarantined[-1].cause}; mend it and run the same command again"
+        )
+
+
+def run_serial(
+    work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
+) -> tuple[Quarantined, ...]:
+    """Run the blocks one after another in this process; see RunBlocks."""
+    state = work.setup()
+    quarantined: list[Quarantined] = []
+    for index in indices:
+        record = _tried(work, state, index)
+        if isinstance(record, BlockRecord):
+            on_record(record)
+        else:
+            quarantined.append(record)
+            check_quarantine(quarantined)
+    return tuple(quarantined)
+
+
+def _tried(work: BlockWork, state: Any, index: int) -> BlockRecord | Quarantined:  # noqa: ANN401
+    """Run one block, as often as it takes up to the number of retries."""
+    cause = ""
+    for attempt in range(1 + RETRIES):
+        try:
+            return work.run(state, index)
+        except PipelineError:
+            raise
+        except Exception as error:  # noqa: BLE001 whatever a block dies of is recorded and reported, never lost
+            cause = cause_of(error)
+            log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, cause)
+    return Quarantined(index, cause)

@@ -1,0 +1,1 @@
+"""The scan, its truth and the model that ship with the project."""

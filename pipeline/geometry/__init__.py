@@ -1,0 +1,1 @@
+"""Where voxels are: boxes, blocks, tiles and mirrored reads, for any number of spatial axes."""

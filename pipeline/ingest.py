@@ -1,0 +1,259 @@
+"""Ingest: a scan becomes an OME-Zarr image, block by block; or the label volume of an image."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from pipeline.compute.levels import build_levels
+from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_serial
+from pipeline.compute.watch import UNWATCHED, Watcher
+from pipeline.errors import ArgumentError, InputError, QuarantineError, ScanError, StoreError
+from pipeline.geometry.grid import BlockGrid
+from pipeline.scans.backend import open_scan
+from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
+from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
+from pipeline.store.labels import Labels, check_same_run, create_labels, label_location, publish
+from pipeline.store.location import Location, storage_errors
+from pipeline.store.pyramid import Downsampling
+from pipeline.store.statistics import Histogram, merge
+
+_IDENTIFYING_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class IngestBlocks:
+    """The work of copying a scan into an array, one shard per block; see BlockWork.
+
+    ``histograms`` is where each block leaves its part of the statistics, before its shard; None for labels.
+    """
+
+    scan: str
+    target: Location
+    grid: BlockGrid
+    histograms: Location | None
+
+    def setup(self) -> Any:  # noqa: ANN401
+        """Open the scan and the array."""
+        return open_scan(self.scan), open_array(self.target)
+
+    def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
+        """Copy one block."""
+        scan, target = state
+        core = self.grid.block(index).core
+        begin = perf_counter()
+        region = dict(zip(_spatial(scan), core.slices, strict=True))
+        voxels = np.asarray(scan.isel(region)).astype(target.dtype, copy=False)
+        voxels = voxels.reshape(target.shape[: target.ndim - core.ndim] + core.shape)
+        read = perf_counter()
+        with storage_errors(self.target):
+            if self.histograms is not None:
+                _save_histograms(self.histograms / f"{index}.npz", voxels)
+            write_shard(target, core, voxels, location=self.target)
+        return BlockRecord(index, core.n_voxels, read - begin, 0.0, perf_counter() - read)
+
+
+def ingest(
+    scan: str, image: str, *, voxel_size_um: tuple[float, ...] | None = None, chunk: tuple[int, ...] | None = None,
+    shard: tuple[int, ...] | None = None, overwrite: bool = False, run: RunBlocks = run_serial,
+    watch: Watcher = UNWATCHED,
+) -> Image:
+    """Make the OME-Zarr image of a scan; what an earlier, killed ingest of the same scan has done is kept.
+
+    Parameters
+    ----------
+    scan : path or URL of any kind that ``pipeline.scans`` reads
+    image : path or URL of the image, by custom ending in .zarr
+    voxel_size_um : micrometres along the scan's spatial axes; by default what the scan tells
+    chunk, shard : voxels along the spatial axes; one number stands for all
+    overwrite : delete what is at ``image`` first
+
+    Raises
+    ------
+    InputError : the scan cannot be read, or ``image`` holds something else; nothing was written.
+    """
+    array = open_scan(scan)
+    target, size = Location(str(image)), voxel_size_um or array.attrs.get("voxel_size_um")
+    _check_intensities(array, scan)
+    shape = tuple(array.sizes[d] for d in _spatial(array))
+    size = _per_axis(size, shape, "voxel size") if size else None
+    layout = plan_layout(shape, chunk=_per_axis(chunk, shape, "chunk"), shard=_per_axis(shard, shape, "shard"))
+    about = identity(scan, array) | {"layout": [list(layout.chunk), list(layout.shard)], "voxel_size_um": _listed(size)}
+    if overwrite:
+        target.delete()
+    there = _same_ingest(target, about)
+    if there is not None and there.statistics:
+        return there
+    fresh = not target.exists()
+    with _undone_by_bad_input(target, when=fresh), storage_errors(target):
+        made = there or create_image(
+            target, shape=(array.sizes.get("c", 1), *shape), dtype=_dtype(array), axes="c" + "".join(_spatial(array)),
+            layout=layout, voxel_size_um=size, scan=about,
+        )
+        return _fill(made, scan, run=run, watch=watch)
+
+
+def ingest_labels(
+    scan: str, *, image: str, name: str, run: RunBlocks = run_serial, watch: Watcher = UNWATCHED
+) -> Labels:
+    """Make the label volume ``name`` of an image from any scan of integers of the image's shape."""
+    array, of = open_scan(scan), open_image(image)
+    shape = tuple(array.sizes[d] for d in _spatial(array))
+    if array.dtype.kind not in "iub":
+        raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
+    if "c" in array.dims or shape != of.spatial_shape:
+        got = tuple(array.sizes.values())
+        raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; pad or crop them")
+    labels = Labels(
+        label_location(of.location, name), of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
+        identity(scan, array), provenance={"made_by": "haloseg ingest"},
+    )  # fmt: skip
+    check_same_run(labels)
+    with storage_errors(labels.location):
+        create_labels(of, labels)
+        grid = BlockGrid(of.spatial_shape, of.layout.shard)
+        _copy(IngestBlocks(scan, labels.location / "0", grid, None), run=run, watch=watch)
+        _levels(labels, Downsampling.MODE, run=run, watch=watch)
+        publish(labels)
+    return labels
+
+
+def identity(scan: str, array: xr.DataArray) -> dict[str, Any]:
+    """Return what tells a scan from others: name, shape, dtype, size on disk and a digest of both its ends."""
+    path, _, inner = str(scan).partition("::")
+    file = Path(path)
+    about = {
+        "name": Location(path).name + (f"::{inner}" if inner else ""),
+        "format": array.attrs.get("format", "unknown"), "shape": list(array.shape), "dtype": str(array.dtype),
+    }  # fmt: skip
+    if file.is_file():
+        n_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(_IDENTIFYING_BYTES))
+            stream.seek(max(0, n_bytes - _IDENTIFYING_BYTES))
+            digest.update(stream.read())
+        about |= {"n_bytes": n_bytes, "ends_sha256": digest.hexdigest()}
+    return about
+
+
+def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
+    """Copy what is missing, build the pyramid, gather the statistics, and commit."""
+    histograms = image.location / ".histograms"
+    grid = BlockGrid(image.spatial_shape, image.layout.shard)
+    _copy(IngestBlocks(scan, image.location / "0", grid, histograms), run=run, watch=watch)
+    _levels(image, Downsampling.MEAN, run=run, watch=watch)
+    statistics = tuple(
+        merge(_load_histogram(histograms / f"{index}.npz", channel) for index in range(len(grid)))
+        for channel in range(image.n_channels)
+    )
+    sweep(image.location)
+    done = commit_image(image, statistics)
+    histograms.delete()
+    return done
+
+
+def _copy(work: IngestBlocks, *, run: RunBlocks, watch: Watcher) -> None:
+    done = done_shards(work.target, work.grid)
+    missing = [index for index in range(len(work.grid)) if index not in done]
+    watch.begin("ingest", n_blocks=len(work.grid), n_done=len(done))
+    if missing:
+        _complete(run(work, missing, on_record=watch.advance), work.target)
+
+
+def _levels(volume: Image | Labels, how: Downsampling, *, run: RunBlocks, watch: Watcher) -> None:
+    failed = build_levels(volume.location, volume.levels, layout=volume.layout, how=how, run=run, watch=watch)
+    _complete(failed, volume.location)
+
+
+def _complete(failed: tuple[Quarantined, ...], location: Location) -> None:
+    if failed:
+        raise QuarantineError(
+            f"every block must succeed, got {len(failed)} that failed in {location}, block {failed[0].index} with: "
+            f"{failed[0].cause}; mend the cause and run the same command again"
+        )
+
+
+def _same_ingest(target: Location, about: dict[str, Any]) -> Image | None:
+    """Return the image at ``target`` if it is of the same scan and settings; refuse anything else that lies there."""
+    there = read_image(target)
+    if there is None and target.exists() and next(target.keys(), None) is not None:
+        raise StoreError(f"image must be a new folder, got {target}, which holds other files; choose another")
+    for key in about if there else ():
+        was, now = there.scan.get(key), about[key]
+        if was != now:
+            raise StoreError(
+                f"image {target} must be of this scan, got another {key} ({now}, was {was}); "
+                "choose another image or say --overwrite"
+            )
+    return there
+
+
+class _undone_by_bad_input:  # noqa: N801 reads as a statement
+    """Leave nothing behind when the scan turns out to be bad on the way, if there was nothing before."""
+
+    def __init__(self, target: Location, *, when: bool) -> None:
+        self.target, self.when = target, when
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self.when and kind is not None and issubclass(kind, InputError):
+            self.target.delete()
+
+
+def _check_intensities(array: xr.DataArray, scan: str) -> None:
+    if array.dtype.kind not in "iufb":
+        raise ScanError(f"intensities must be real numbers, got {array.dtype} in {scan}; convert them first")
+    if 0 in array.shape or not 2 <= len(_spatial(array)) <= 3:
+        raise ScanError(f"a scan must have 2 or 3 spatial axes with voxels, got {dict(array.sizes)} in {scan}")
+
+
+def _spatial(array: xr.DataArray) -> tuple[str, ...]:
+    return tuple(str(d) for d in array.dims if d != "c")
+
+
+def _dtype(array: xr.DataArray) -> np.dtype[Any]:
+    return np.dtype(np.uint8) if array.dtype.kind == "b" else np.dtype(array.dtype)
+
+
+def _per_axis(sizes: tuple[Any, ...] | None, shape: tuple[int, ...], what: str) -> tuple[Any, ...] | None:
+    """Return one number per spatial axis; one given number stands for all."""
+    if sizes is None:
+        return None
+    every = sizes * len(shape) if len(sizes) == 1 else tuple(sizes)
+    if len(every) != len(shape) or min(every) <= 0:
+        raise ArgumentError(f"{what} needs {len(shape)} numbers above 0 (or one for all), got {sizes}; give one per axis")
+    return every
+
+
+def _listed(size: tuple[float, ...] | None) -> list[float] | None:
+    return [float(s) for s in size] if size else None
+
+
+def _save_histograms(location: Location, voxels: NDArray[Any]) -> None:
+    """Keep the histogram of each channel of one block."""
+    stream = io.BytesIO()
+    parts = {}
+    for channel, h in enumerate(map(Histogram.of, voxels)):
+        parts[f"keys{channel}"], parts[f"counts{channel}"] = h.keys, h.counts
+        parts[f"sums{channel}"] = np.array([h.minimum, h.maximum, h.total, h.spread])
+    np.savez_compressed(stream, dtype=np.zeros(0, voxels.dtype), **parts)
+    location.write_bytes(stream.getvalue())
+
+
+def _load_histogram(location: Location, channel: int) -> Histogram:
+    with np.load(io.BytesIO(location.read_bytes()), allow_pickle=False) as parts:
+        sums = (float(s) for s in parts[f"sums{channel}"])
+        return Histogram(parts["dtype"].dtype, parts[f"keys{channel}"], parts[f"counts{channel}"], *sums)
+
+
+

@@ -1,0 +1,1 @@
+"""What is done with label arrays; numpy and scipy only."""

@@ -1,0 +1,1 @@
+"""What the instrument delivered: an xarray backend per format, lazily indexed, with physical coordinates."""

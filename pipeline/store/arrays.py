@@ -1,0 +1,140 @@
+"""Sharded Zarr v3 arrays as haloseg writes them, and whole shards written once.
+
+Measured on zarr 3.1.6: two writers in one shard lose data in silence, all-zero shards are not stored unless asked for,
+and a damaged shard is read, and fails, before it is overwritten. So one block writes one whole shard, every shard is
+stored, and a shard that exists is deleted before it is written again. A shard that exists is therefore done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import DTypeLike, NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from pipeline.errors import ArgumentError, StoreError
+from pipeline.geometry.box import Box
+from pipeline.geometry.grid import BlockGrid
+from pipeline.store.location import Location
+
+_CHUNK = {2: 256, 3: 64}
+_LARGE_CHUNK = {2: 512, 3: 64}
+# (voxels of the volume below which it holds, voxels along a shard's axis), for 2 and 3 spatial axes
+_SHARD = {2: ((2**24, 512), (2**32, 2048), (2**63, 4096)), 3: ((2**31, 128), (2**63, 256))}
+_GRAIN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How an array is cut, spatial axes only: chunks can be read alone, shards are written whole."""
+
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for c, s in zip(self.chunk, self.shard, strict=True):
+            if c < 1 or s % c:
+                use = max(1, round(s / max(c, 1))) * max(c, 1)
+                raise ArgumentError(f"shard must be a multiple of the chunk {c}, got {s}; use {use}")
+
+
+def plan_layout(
+    shape: tuple[int, ...], *, chunk: tuple[int, ...] | None = None, shard: tuple[int, ...] | None = None
+) -> Layout:
+    """Return chunks and shards for a volume; what is not given follows from the shape alone, never from the machine."""
+    ndim = len(shape)
+    side = next(side for limit, side in _SHARD[ndim] if prod(shape) < limit)
+    usual = _CHUNK[ndim] if side <= 512 else _LARGE_CHUNK[ndim]
+    if chunk is None:
+        sides = shard or (usual,) * ndim
+        chunk = tuple(_largest_divisor(s, usual) if shard else min(usual, _round_up(n, _GRAIN))
+                      for s, n in zip(sides, shape, strict=True))
+    if shard is None:
+        shard = tuple(_round_up(min(side, n), c) for n, c in zip(shape, chunk, strict=True))
+    return Layout(chunk, shard)
+
+
+def _round_up(n: int, step: int) -> int:
+    return ceil(n / step) * step
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+
+
+def create_group(location: Location, attributes: dict[str, Any]) -> None:
+    """Make a Zarr v3 group here, or replace the attributes of the one that is here; the only writer of them."""
+    group = zarr.open_group(str(location), mode="a", zarr_format=3)
+    group.attrs.put(attributes)
+
+
+def read_attributes(location: Location) -> dict[str, Any]:
+    """Return the attributes of the Zarr v3 node here; empty where there is none."""
+    attributes: dict[str, Any] = (location / "zarr.json").read_json().get("attributes", {})
+    return attributes
+
+
+def create_array(
+    location: Location, *, shape: tuple[int, ...], dtype: DTypeLike, layout: Layout, axes: tuple[str, ...]
+) -> None:
+    """Make an empty sharded array here: zstd level 3 and a crc32c per chunk, one shard over all channels.
+
+    Axes in front of the layout's (channels) get chunks of one and shards of all.
+    """
+    front = shape[: len(shape) - len(layout.shard)]
+    zarr.create_array(
+        str(location), shape=shape, dtype=np.dtype(dtype), chunks=(1,) * len(front) + layout.chunk,
+        shards=front + layout.shard, compressors=[ZstdCodec(level=3), Crc32cCodec()], dimension_names=axes, fill_value=0,
+    )  # fmt: skip
+
+
+def open_array(location: Location) -> zarr.Array[Any]:
+    """Return the Zarr array here, for reading and for whole-shard writing."""
+    try:
+        array = zarr.open_array(str(location), mode="r+" if location.is_local else "r+")
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise StoreError(f"there must be a Zarr array at {location}, got none; make it first") from error
+    return array.with_config({"write_empty_chunks": True})
+
+
+def write_shard(array: zarr.Array[Any], core: Box, voxels: NDArray[Any], *, location: Location) -> None:
+    """Write one whole shard, atomically; the shard is done when it exists.
+
+    Parameters
+    ----------
+    array : at ``location``, shape (..., *spatial)
+    core : spatial box that one shard holds, clipped to the volume
+    voxels : shape (..., *core.shape)
+    """
+    shard_location(array, core, location=location).delete()
+    front = (slice(None),) * (array.ndim - core.ndim)
+    array[front + core.slices] = voxels
+
+
+def shard_location(array: zarr.Array[Any], core: Box, *, location: Location) -> Location:
+    """Return where the shard of ``core`` is stored."""
+    shards = array.shards or array.chunks
+    front = array.ndim - core.ndim
+    position = tuple(a // s for a, s in zip(core.start, shards[front:], strict=True))
+    return location / "/".join(("c", *("0",) * front, *map(str, position)))
+
+
+def done_shards(location: Location, grid: BlockGrid) -> set[int]:
+    """Return the indices of the blocks whose shards exist; one listing, whatever the number of blocks."""
+    done = set()
+    for key in (location / "c").keys():
+        parts = key.split("/")[-len(grid.shape) :]
+        if all(part.isdigit() for part in parts):
+            done.add(grid.index_of(tuple(map(int, parts))))
+    return done
+
+
+def sweep(location: Location) -> None:
+    """Remove what a killed writer left half-written below here; only when no writer is at work."""
+    for key in list(location.keys()):
+        if key.endswith(".partial"):
+            (location / key).delete()

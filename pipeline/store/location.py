@@ -1,0 +1,109 @@
+"""Location: a folder on disk or a prefix on an object store, by path or URL, through fsspec."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from pipeline.errors import StorageError, StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder or object-store prefix; ``location / "labels"`` is the one below it."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.url.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Location:
+        """The folder that holds this one."""
+        head, _, _ = self.url.rstrip("/").rpartition("/")
+        return Location(head or ("/" if self.url.startswith("/") else "."))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a path on a file system of this machine."""
+        return "://" not in self.url or self.url.startswith("file://")
+
+    def exists(self) -> bool:
+        """Whether anything lies here."""
+        fs, path = self._fs()
+        return bool(fs.exists(path))
+
+    def keys(self) -> Iterator[str]:
+        """Yield the names of all files below, relative to here."""
+        fs, path = self._fs()
+        if fs.exists(path):
+            yield from (found[len(path) :].lstrip("/") for found in fs.find(path))
+
+    def read_bytes(self) -> bytes:
+        """Return the content of the file here."""
+        fs, path = self._fs()
+        content: bytes = fs.cat_file(path)
+        return content
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write a file here; folders on the way are made."""
+        fs, path = self._fs()
+        fs.makedirs(fs._parent(path), exist_ok=True)  # noqa: SLF001 fsspec has no public name for it
+        fs.pipe_file(path, content)
+
+    def read_json(self) -> dict[str, Any]:
+        """Return the JSON object here; an empty one where there is no file."""
+        fs, path = self._fs()
+        if not fs.exists(path):
+            return {}
+        try:
+            document = json.loads(fs.cat_file(path))
+        except ValueError as error:
+            raise StoreError(f"metadata must be JSON, got a damaged {self}; delete the folder and make it again") from error
+        return document if isinstance(document, dict) else {}
+
+    def delete(self) -> None:
+        """Remove the file or everything below this folder; nothing happens where nothing lies."""
+        fs, path = self._fs()
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def _fs(self) -> tuple[Any, str]:
+        fs, path = url_to_fs(self.url, use_listings_cache=False)
+        return fs, path
+
+
+@contextmanager
+def storage_errors(location: Location) -> Iterator[None]:
+    """Turn a full disk and a refused write below ``location`` into a StorageError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"writing needs free space, got a full disk at {location}; free some and run the same command again: "
+                "what is done is kept"
+            ) from error
+        if error.errno in _DENIED:
+            raise StorageError(
+                f"the folder must be writable, got {error.strerror} at {location}; "
+                "mend its rights and run the same command again"
+            ) from error
+        raise

@@ -1,0 +1,157 @@
+"""Intensity statistics of a scan from a streaming histogram: exact for integers of up to 16 bits, mergeable, bounded.
+
+Other dtypes are counted in bins that keep the 20 leading bits of a float32 (sign, exponent and 11 of 23 bits of
+mantissa), ordered as numbers, so that the range need not be known beforehand: percentiles are then within 0.05 % of
+their own value. Minimum and maximum are exact, mean and standard deviation are
+summed without cancellation (Chan, Golub and LeVeque 1983, doi:10.1080/00031305.1983.10483115) for every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from math import fsum, sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ArgumentError, ScanError
+
+PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
+_KEPT_BITS = 20
+
+
+class Normalisation(StrEnum):
+    """How intensities are brought to the network's scale; fixed per scan before the first block."""
+
+    ZSCORE = "zscore"  # mean 0, standard deviation 1
+    PERCENTILE = "percentile"  # 1st to 99th percentile become 0 to 1
+    RANGE = "range"  # minimum to maximum become 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Statistics of one channel of a scan, in the scan's own intensity units."""
+
+    count: int
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    percentiles: tuple[tuple[float, float], ...]
+
+    def window(self, how: Normalisation) -> tuple[float, float]:
+        """Return (offset, scale): the network sees ``(intensity - offset) * scale``. A constant channel gets scale 1."""
+        if how is Normalisation.ZSCORE:
+            offset, width = self.mean, self.std
+        elif how is Normalisation.PERCENTILE:
+            at = dict(self.percentiles)
+            offset, width = at[1.0], at[99.0] - at[1.0]
+        else:
+            offset, width = self.minimum, self.maximum - self.minimum
+        return offset, 1.0 / width if width > 0 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the statistics as a JSON object."""
+        return {
+            "count": self.count, "min": self.minimum, "max": self.maximum, "mean": self.mean, "std": self.std,
+            "percentiles": {f"{p:g}": v for p, v in self.percentiles},
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> ChannelStatistics:
+        """Return the statistics that ``to_json`` wrote."""
+        percentiles = tuple((float(p), float(v)) for p, v in document["percentiles"].items())
+        return cls(
+            int(document["count"]), float(document["min"]), float(document["max"]), float(document["mean"]),
+            float(document["std"]), percentiles,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of one channel of one block; histograms add up to the whole scan's in any order.
+
+    Attributes
+    ----------
+    keys : uint32, ascending bin numbers; counts : int64 of the same length
+    total, spread : sum of the intensities, and sum of their squared distances from the block's own mean
+    """
+
+    dtype: np.dtype[Any]
+    keys: NDArray[np.uint32]
+    counts: NDArray[np.int64]
+    minimum: float
+    maximum: float
+    total: float
+    spread: float
+
+    @classmethod
+    def of(cls, voxels: NDArray[Any]) -> Histogram:
+        """Return the histogram of an array of any shape; NaN and infinity are refused."""
+        flat = voxels.ravel()
+        if flat.dtype.kind == "f" and not np.isfinite(flat).all():
+            raise ScanError("intensities must be finite numbers, got NaN or infinity; replace them before ingest")
+        keys, counts = np.unique(_keys(flat), return_counts=True)
+        wide = flat.astype(np.float64)
+        return cls(
+            flat.dtype, keys, counts.astype(np.int64), float(flat.min()), float(flat.max()),
+            float(wide.sum()), float(np.square(wide - wide.mean()).sum()),
+        )
+
+
+def merge(histograms: Iterable[Histogram]) -> ChannelStatistics:
+    """Return the statistics of all voxels; the same for every order of integer scans, to 1e-15 for float ones."""
+    counts: NDArray[np.int64] | None = None
+    totals: list[float] = []
+    spreads: list[tuple[int, float, float]] = []
+    minimum, maximum, dtype = np.inf, -np.inf, np.dtype(np.uint8)
+    for h in histograms:
+        if counts is None:
+            dtype = h.dtype
+            counts = np.zeros(1 << (16 if _is_exact(dtype) else _KEPT_BITS), dtype=np.int64)
+        counts[h.keys] += h.counts
+        minimum, maximum = min(minimum, h.minimum), max(maximum, h.maximum)
+        totals.append(h.total)
+        spreads.append((int(h.counts.sum()), h.total, h.spread))
+    if counts is None:
+        raise ArgumentError("statistics need at least one block, got none")
+    n = int(counts.sum())
+    mean = fsum(totals) / n
+    variance = fsum(s + n_i * (t / n_i - mean) ** 2 for n_i, t, s in spreads) / n
+    points = tuple((p, _percentile(counts, dtype, p, minimum, maximum)) for p in PERCENTILES)
+    return ChannelStatistics(n, minimum, maximum, mean, sqrt(variance), points)
+
+
+def _is_exact(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iub" and dtype.itemsize <= 2
+
+
+def _keys(flat: NDArray[Any]) -> NDArray[np.uint32]:
+    """Return bin numbers that are ordered as the intensities are."""
+    if _is_exact(flat.dtype):
+        lowest = np.iinfo(np.int16).min if flat.dtype.kind == "i" else 0
+        return (flat.astype(np.int32) - lowest).astype(np.uint32)
+    bits = flat.astype(np.float32).view(np.uint32)
+    negative = (bits >> np.uint32(31)).astype(bool)
+    ordered = np.where(negative, ~bits, bits | np.uint32(1 << 31))
+    return (ordered >> np.uint32(32 - _KEPT_BITS)).astype(np.uint32)
+
+
+def _value(key: int, dtype: np.dtype[Any]) -> float:
+    """Return the intensity in the middle of a bin."""
+    if _is_exact(dtype):
+        return float(key + (np.iinfo(np.int16).min if dtype.kind == "i" else 0))
+    ordered = np.uint32((key << (32 - _KEPT_BITS)) + (1 << (31 - _KEPT_BITS)))
+    negative = not ordered >> np.uint32(31)
+    bits = ~ordered if negative else ordered & np.uint32((1 << 31) - 1)
+    return float(np.array([bits], dtype=np.uint32).view(np.float32)[0])
+
+
+def _percentile(counts: NDArray[np.int64], dtype: np.dtype[Any], p: float, minimum: float, maximum: float) -> float:
+    """Return the smallest intensity that at least ``p`` percent of the voxels do not exceed."""
+    below = np.cumsum(counts)
+    key = int(np.searchsorted(below, p / 100.0 * below[-1]))
+    return min(max(_value(key, dtype), minimum), maximum)

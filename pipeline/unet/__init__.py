@@ -1,0 +1,1 @@
+"""Networks, and how they are laid over blocks; the only place that imports torch."""
