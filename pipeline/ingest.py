@@ -184,10 +184,12 @@ def _complete(failed: tuple[Quarantined, ...], location: Location) -> None:
 def _same_ingest(target: Location, about: dict[str, Any]) -> Image | None:
     """Return the image at ``target`` if it is of the same scan and settings; refuse anything else that lies there."""
     there = read_image(target)
-    if there is None and target.exists() and next(target.keys(), None) is not None:
+    if there is None and next(target.files(), None) is not None:
         raise StoreError(f"image must be a new folder, got {target}, which holds other files; choose another")
-    for key in about if there else ():
-        was, now = there.scan.get(key), about[key]
+    if there is None:
+        return None
+    for key, now in about.items():
+        was = there.scan.get(key)
         if was != now:
             raise StoreError(
                 f"image {target} must be of this scan, got another {key} ({now}, was {was}); "
@@ -231,7 +233,7 @@ def _per_axis(sizes: tuple[Any, ...] | None, shape: tuple[int, ...], what: str) 
         return None
     every = sizes * len(shape) if len(sizes) == 1 else tuple(sizes)
     if len(every) != len(shape) or min(every) <= 0:
-        raise ArgumentError(f"{what} needs {len(shape)} numbers above 0 (or one for all), got {sizes}; give one per axis")
+        raise ArgumentError(f"{what} needs {len(shape)} numbers above 0, or one for all, got {sizes}; give so many")
     return every
 
 
@@ -242,11 +244,11 @@ def _listed(size: tuple[float, ...] | None) -> list[float] | None:
 def _save_histograms(location: Location, voxels: NDArray[Any]) -> None:
     """Keep the histogram of each channel of one block."""
     stream = io.BytesIO()
-    parts = {}
+    parts: dict[str, Any] = {"dtype": np.zeros(0, voxels.dtype)}
     for channel, h in enumerate(map(Histogram.of, voxels)):
         parts[f"keys{channel}"], parts[f"counts{channel}"] = h.keys, h.counts
         parts[f"sums{channel}"] = np.array([h.minimum, h.maximum, h.total, h.spread])
-    np.savez_compressed(stream, dtype=np.zeros(0, voxels.dtype), **parts)
+    np.savez_compressed(stream, **parts)
     location.write_bytes(stream.getvalue())
 
 

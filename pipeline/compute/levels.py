@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -47,7 +48,7 @@ def build_levels(
     location: Location, levels: tuple[Level, ...], *, layout: Layout, how: Downsampling, run: RunBlocks, watch: Watcher
 ) -> tuple[Quarantined, ...]:
     """Make every shard that is missing below full resolution; stops at a level of which some blocks failed."""
-    for upper, lower in zip(levels[:-1], levels[1:], strict=True):
+    for upper, lower in pairwise(levels):
         grid = BlockGrid(lower.shape, layout.shard)
         done = done_shards(location / lower.path, grid)
         work = LevelBlocks(location / upper.path, location / lower.path, grid, halved_axes(upper), how)

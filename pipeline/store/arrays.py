@@ -88,14 +88,15 @@ def create_array(
     front = shape[: len(shape) - len(layout.shard)]
     zarr.create_array(
         str(location), shape=shape, dtype=np.dtype(dtype), chunks=(1,) * len(front) + layout.chunk,
-        shards=front + layout.shard, compressors=[ZstdCodec(level=3), Crc32cCodec()], dimension_names=axes, fill_value=0,
+        shards=front + layout.shard, compressors=[ZstdCodec(level=3), Crc32cCodec()], dimension_names=axes,
+        fill_value=0,
     )  # fmt: skip
 
 
 def open_array(location: Location) -> zarr.Array[Any]:
     """Return the Zarr array here, for reading and for whole-shard writing."""
     try:
-        array = zarr.open_array(str(location), mode="r+" if location.is_local else "r+")
+        array = zarr.open_array(str(location), mode="r+")
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise StoreError(f"there must be a Zarr array at {location}, got none; make it first") from error
     return array.with_config({"write_empty_chunks": True})
@@ -126,7 +127,7 @@ def shard_location(array: zarr.Array[Any], core: Box, *, location: Location) -> 
 def done_shards(location: Location, grid: BlockGrid) -> set[int]:
     """Return the indices of the blocks whose shards exist; one listing, whatever the number of blocks."""
     done = set()
-    for key in (location / "c").keys():
+    for key in (location / "c").files():
         parts = key.split("/")[-len(grid.shape) :]
         if all(part.isdigit() for part in parts):
             done.add(grid.index_of(tuple(map(int, parts))))
@@ -135,6 +136,6 @@ def done_shards(location: Location, grid: BlockGrid) -> set[int]:
 
 def sweep(location: Location) -> None:
     """Remove what a killed writer left half-written below here; only when no writer is at work."""
-    for key in list(location.keys()):
+    for key in list(location.files()):
         if key.endswith(".partial"):
             (location / key).delete()

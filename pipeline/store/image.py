@@ -1,4 +1,4 @@
-"""The image: a scan's intensities as OME-Zarr 0.5, with a pyramid and statistics; complete when its metadata says so."""
+"""The image: a scan's intensities as OME-Zarr 0.5, with a pyramid and statistics, which make it complete."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def open_image(path: str | Location) -> Image:
     location = path if isinstance(path, Location) else Location(str(path))
     image = read_image(location)
     if image is None:
-        raise StoreError(f"image must be an OME-Zarr made by haloseg, got {location}; run: haloseg ingest SCAN {location}")
+        raise StoreError(f"image must be made by haloseg, got {location}; run: haloseg ingest SCAN {location}")
     if not image.statistics:
-        raise StoreError(f"image must be complete, got {location}, whose ingest did not finish; run the same ingest again")
+        raise StoreError(f"image must be complete, got an unfinished ingest at {location}; run the same ingest again")
     return image
 
 

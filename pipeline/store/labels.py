@@ -18,7 +18,7 @@ from pipeline.store.pyramid import create_levels
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Okabe and Ito's colours, which colour-blind people can tell apart; class 0 is left clear
-_COLOURS = (
+LABEL_COLOURS = (
     (0, 0, 0, 0), (230, 159, 0, 255), (86, 180, 233, 255), (0, 158, 115, 255), (240, 228, 66, 255), (0, 114, 178, 255),
     (213, 94, 0, 255), (204, 121, 167, 255),
 )  # fmt: skip
@@ -148,7 +148,7 @@ def open_labels(path: str | Location) -> Labels:
         have = ", ".join(published(location.parent)) or "none"
         raise StoreError(f"labels must exist, got none at {location}; the image has: {have}")
     if location.name not in published(location.parent):
-        raise StoreError(f"labels must be complete, got {location}, whose run did not finish; run the same command again")
+        raise StoreError(f"labels must be complete, got an unfinished run at {location}; run the same command again")
     return labels
 
 
@@ -158,7 +158,8 @@ def _attributes(image: Image, labels: Labels) -> dict[str, Any]:
     about: dict[str, Any] = {"source": {"image": "../../"}}
     if labels.classes:
         about["colors"] = [
-            {"label-value": value, "rgba": list(_COLOURS[value % len(_COLOURS)])} for value in range(len(labels.classes))
+            {"label-value": value, "rgba": list(LABEL_COLOURS[value % len(LABEL_COLOURS)])}
+            for value in range(len(labels.classes))
         ]
         about["properties"] = [{"label-value": value, "class": name} for value, name in enumerate(labels.classes)]
     ours = {

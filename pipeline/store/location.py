@@ -50,7 +50,7 @@ class Location:
         fs, path = self._fs()
         return bool(fs.exists(path))
 
-    def keys(self) -> Iterator[str]:
+    def files(self) -> Iterator[str]:
         """Yield the names of all files below, relative to here."""
         fs, path = self._fs()
         if fs.exists(path):
@@ -65,7 +65,7 @@ class Location:
     def write_bytes(self, content: bytes) -> None:
         """Write a file here; folders on the way are made."""
         fs, path = self._fs()
-        fs.makedirs(fs._parent(path), exist_ok=True)  # noqa: SLF001 fsspec has no public name for it
+        fs.makedirs(fs._parent(path), exist_ok=True)
         fs.pipe_file(path, content)
 
     def read_json(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Location:
         try:
             document = json.loads(fs.cat_file(path))
         except ValueError as error:
-            raise StoreError(f"metadata must be JSON, got a damaged {self}; delete the folder and make it again") from error
+            raise StoreError(f"metadata must be JSON, got a damaged {self}; delete the folder") from error
         return document if isinstance(document, dict) else {}
 
     def delete(self) -> None:

@@ -26,7 +26,8 @@ class Level:
     def to_json(self) -> dict[str, Any]:
         """Return the level as a JSON object."""
         return {
-            "path": self.path, "shape": list(self.shape), "scale": list(self.scale), "translation": list(self.translation)
+            "path": self.path, "shape": list(self.shape), "scale": list(self.scale),
+            "translation": list(self.translation),
         }  # fmt: skip
 
 
@@ -63,9 +64,9 @@ def multiscales(
 ) -> list[dict[str, Any]]:
     """Return the ``multiscales`` document; ``axes`` is the spatial ones with "c" in front where there are channels."""
     channels = axes.startswith("c")
-    described: list[dict[str, str]] = [{"name": "c", "type": "channel"}] if channels else []
-    for axis in axes.removeprefix("c"):
-        described.append({"name": axis, "type": "space"} | ({"unit": unit} if unit else {}))
+    space = {"type": "space"} | ({"unit": unit} if unit else {})
+    described = [{"name": "c", "type": "channel"}] if channels else []
+    described += [{"name": axis} | space for axis in axes.removeprefix("c")]
     front = [1.0] if channels else []
     zero = [0.0] if channels else []
     datasets = [

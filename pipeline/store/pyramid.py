@@ -37,8 +37,9 @@ def downsample(voxels: NDArray[Any], factors: tuple[int, ...], how: Downsampling
 
 def _neighbours(padded: NDArray[Any], factors: tuple[int, ...]) -> list[NDArray[Any]]:
     """Return for each position within a cell the view of all voxels at that position."""
+    every = (slice(None),) * (padded.ndim - len(factors))
     return [
-        padded[(..., *(slice(o, None, f) for o, f in zip(offset, factors, strict=True)))]
+        padded[every + tuple(slice(o, None, f) for o, f in zip(offset, factors, strict=True))]
         for offset in product(*(range(f) for f in factors))
     ]
 

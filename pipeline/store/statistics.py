@@ -43,7 +43,7 @@ class ChannelStatistics:
     percentiles: tuple[tuple[float, float], ...]
 
     def window(self, how: Normalisation) -> tuple[float, float]:
-        """Return (offset, scale): the network sees ``(intensity - offset) * scale``. A constant channel gets scale 1."""
+        """Return (offset, scale): the network sees ``(intensity - offset) * scale``; scale 1 if constant."""
         if how is Normalisation.ZSCORE:
             offset, width = self.mean, self.std
         elif how is Normalisation.PERCENTILE:

@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv; a fresh machine needs python3 (with venv), make and a network for packages.
+PYTHON ?= python3
+PIP     = .venv/bin/python -m pip --disable-pip-version-check
+READY   = .venv/.ready
+
+help:            ## show the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*##\(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+$(READY): pyproject.toml deploy/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint deploy/constraints.txt --editable '.[test,lint]'
+	touch $(READY)
+
+demo: $(READY)   ## the main job on the scan that ships: ingest, segment, evaluate, picture
+	.venv/bin/haloseg demo build/demo
+
+test: $(READY)   ## the test suite, under 10 minutes on 2 cores
+	.venv/bin/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## the tests that take minutes each
+	.venv/bin/python -m pytest -m slow
+
+lint: $(READY)   ## ruff and mypy --strict
+	.venv/bin/ruff check pipeline flows tests
+	.venv/bin/mypy
+
+bench: $(READY)  ## performance ratios, measured side by side
+	.venv/bin/python tests/benchmarks/bench_tiles.py
+
+bench-memory: $(READY) ## a scan of 16 GiB through processes of under 2 GiB
+	.venv/bin/python tests/benchmarks/bench_memory.py
+
+demo-model: $(READY) ## make the demo's scan and model again (needs HALOSEG_DATA)
+	.venv/bin/python -m pipeline.demo.make
+
+clean:           ## remove what the targets made
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help demo test test-slow lint bench bench-memory demo-model clean

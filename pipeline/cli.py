@@ -1,0 +1,152 @@
+"""The command ``haloseg``: parse, call a verb, print.
+
+Exit codes: 0 done; 1 the run failed; 2 bad arguments or bad input; 130 interrupted. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from rich.logging import RichHandler
+
+from pipeline import commands
+from pipeline.console import STDERR, show
+from pipeline.errors import InputError, PipelineError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parser().parse_args(arguments)
+    handler = RichHandler(console=STDERR, show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    for name in ("distributed", "tifffile", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        show(args.run(args), as_json=args.json)
+    except PipelineError as error:
+        return _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is done is kept: the same command goes on", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"haloseg: {' '.join(message.split())}\n")
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = _Parser(prog="haloseg", description="Seamless U-Net segmentation of scans larger than memory.")
+    top.add_argument("--version", action="version", version=f"haloseg {version('haloseg')}")
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else there")
+    cluster = _Parser(add_help=False)
+    cluster.add_argument(
+        "--cluster", default="local", metavar="local|ADDRESS", help="run here, or on a Dask scheduler (tcp://host:8786)"
+    )
+    cluster.add_argument("--workers", type=_positive, metavar="N", help="local worker processes (default: the cores)")
+    verbs = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def verb(name: str, help_text: str, *parents: _Parser) -> _Parser:
+        added = verbs.add_parser(name, help=help_text, description=help_text, parents=[common, *parents])
+        added.set_defaults(run=getattr(commands, name))
+        return added
+
+    demo = verb("demo", "the main job on the scan that ships: ingest, segment, evaluate, picture")
+    demo.add_argument("folder", nargs="?", default="haloseg-demo", metavar="DIR")
+    _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image"))
+    verb("info", "tell what a scan, an image or labels are").add_argument("path", metavar="PATH")
+    _add_train(verb("train", "train a U-Net on images and their labels"))
+    verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")
+    _add_plan(verb("plan", "tell what segment would do: blocks, tiles, bytes, memory; runs nothing"))
+    _add_plan(segment := verb("segment", "make the label volume that the network gives on the whole scan", cluster))
+    segment.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
+    evaluate = verb("evaluate", "compare labels with the truth: Dice, Jaccard, accuracy")
+    evaluate.add_argument("predicted", metavar="PREDICTED", help="IMAGE.zarr/labels/NAME or a scan of integers")
+    evaluate.add_argument("truth", metavar="TRUTH", help="IMAGE.zarr/labels/NAME or a scan of integers")
+    return top
+
+
+def _add_ingest(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("scan", metavar="SCAN", help="TIFF, OME-TIFF, PNG, JPEG, folder of slices, HDF5, .npy, Zarr")
+    verb.add_argument("image", nargs="?", metavar="IMAGE", help="the OME-Zarr image to make, such as scan.zarr")
+    verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="micrometres per voxel, one per axis")
+    verb.add_argument("--chunk", type=_integers, metavar="N[,N,N]", help="voxels that can be read alone")
+    verb.add_argument("--shard", type=_integers, metavar="N[,N,N]", help="voxels that are written whole: one block")
+    verb.add_argument("--overwrite", action="store_true", help="delete what is at IMAGE first")
+    verb.add_argument("--labels-of", metavar="IMAGE", help="make a label volume of this image instead")
+    verb.add_argument("--name", metavar="NAME", help="the label volume's name, with --labels-of")
+
+
+def _add_train(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("images", nargs="+", metavar="IMAGE")
+    verb.add_argument("--labels", required=True, metavar="NAME", help="the label volume of each image to learn from")
+    verb.add_argument("--model", required=True, metavar="FILE", help="the model file to write (.safetensors)")
+    verb.add_argument("--recipe", metavar="TOML", help="a file of settings")
+    verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
+    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    verb.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _add_plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("image", metavar="IMAGE", help="an image, or a scan that segment ingests beside itself first")
+    verb.add_argument("--model", required=True, metavar="FILE")
+    verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="what enters the network; changes no label")
+    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker, such as 2G (default 1G)")
+    verb.add_argument("--probabilities", action="store_true", help="write IMAGE/probabilities/NAME too, float32")
+    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    verb.add_argument("--precision", default="float32", choices=("float32",))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return number
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(_positive_float(part) for part in text.split(","))
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be bytes such as 2000000000, 512M or 2G, got {text}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

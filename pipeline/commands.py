@@ -1,0 +1,149 @@
+"""What each command calls, and the document that it prints.
+
+Verbs are named, and imported when their command runs, so that ``haloseg info`` does not wait for torch (2 s) and the
+demo's flow can lie in ``flows``.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from math import isnan
+from pkgutil import resolve_name
+from typing import Any
+
+from pipeline.compute.runner import RunBlocks, run_serial
+from pipeline.console import bars
+from pipeline.errors import ArgumentError
+
+Document = dict[str, Any]
+
+
+def demo(args: Namespace) -> Document:
+    """Run the demo's flow."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    document: Document = resolve_name("flows.demo:demo")(args.folder)
+    return document
+
+
+def ingest(args: Namespace) -> Document:
+    """Make an image, or labels of one."""
+    if args.labels_of:
+        if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
+            raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
+        with bars(shown=True) as watch:
+            labels = resolve_name("pipeline.ingest:ingest_labels")(
+                args.scan, image=args.labels_of, name=args.name, watch=watch
+            )
+        return _described(str(labels.location))
+    if not args.image or args.name:
+        raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
+    with bars(shown=True) as watch:
+        image = resolve_name("pipeline.ingest:ingest")(
+            args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
+            overwrite=args.overwrite, watch=watch,
+        )  # fmt: skip
+    return _described(str(image.location))
+
+
+def info(args: Namespace) -> Document:
+    """Tell what lies at a path."""
+    return _described(args.path)
+
+
+def train(args: Namespace) -> Document:
+    """Train a model."""
+    document: Document = resolve_name("pipeline.train:command")(args)
+    return document
+
+
+def inspect(args: Namespace) -> Document:
+    """Tell what a model is."""
+    document: Document = resolve_name("pipeline.inspect:inspect")(args.model)
+    return document
+
+
+def plan(args: Namespace) -> Document:
+    """Tell what segment would do."""
+    return _planned(_plan(args, args.image, name="plan"))
+
+
+def segment(args: Namespace) -> Document:
+    """Segment an image or a scan."""
+    with bars(shown=True) as watch:
+        image = resolve_name("pipeline.segment:as_image")(args.image, model=args.model, watch=watch)
+        what = _plan(args, image, name=args.name)
+        with _runner(args, n_missing=len(what.grid) - len(what.done())) as run:
+            result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
+    return {
+        "labels": str(result.labels.location), "shape": list(result.labels.spatial_shape),
+        "classes": list(result.labels.classes), "voxels": result.n_voxels, "blocks": result.n_blocks,
+        "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
+        "voxels_per_s": result.n_voxels * result.n_run / result.n_blocks / result.wall_s,
+        "read_s": result.read_s, "compute_s": result.compute_s, "write_s": result.write_s,
+        "peak_rss_bytes": result.peak_rss_bytes,
+    }  # fmt: skip
+
+
+def evaluate(args: Namespace) -> Document:
+    """Compare labels with the truth."""
+    with bars(shown=True) as watch:
+        result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
+    return evaluated(result)
+
+
+def evaluated(result: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
+    """Return the figures of an evaluation as a document; what is undefined is null."""
+    figures = result.figures
+    per_class = [
+        {
+            "class": name, "value": value, "dice": _number(figures.dice[i]), "jaccard": _number(figures.jaccard[i]),
+            "precision": _number(figures.precision[i]), "recall": _number(figures.recall[i]),
+        }
+        for i, (name, value) in enumerate(zip(result.classes, result.values, strict=True))
+    ]  # fmt: skip
+    return {
+        "voxels": result.n_voxels,
+        "mean_dice": _number(figures.mean_dice), "mean_jaccard": _number(figures.mean_jaccard),
+        "accuracy": _number(figures.accuracy), "pixel_error": _number(figures.pixel_error), "classes": per_class,
+    }  # fmt: skip
+
+
+def _number(figure: float) -> float | None:
+    return None if isnan(figure) else float(figure)
+
+
+def _described(path: str) -> Document:
+    document: Document = resolve_name("pipeline.info:info")(path)
+    return document
+
+
+def _plan(args: Namespace, image: str, *, name: str) -> Any:  # noqa: ANN401 named in a module that is imported late
+    settings = {} if args.budget is None else {"budget_bytes": args.budget}
+    device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+    return resolve_name("pipeline.plan:plan_segment")(
+        image, model=args.model, name=name, tile=args.tile, probabilities=args.probabilities, device=device, **settings
+    )
+
+
+def _planned(what: Any) -> Document:  # noqa: ANN401
+    return {
+        "image": str(what.image.location), "shape": list(what.image.spatial_shape), "blocks": len(what.grid),
+        "block_shape": list(what.grid.core_shape), "tiles": what.n_tiles, "tile_shape": list(what.tile_shape),
+        "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
+        "halo_overhead": what.halo_overhead, "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
+        "peak_bytes_per_worker": what.peak_bytes, "budget_bytes": what.budget_bytes, "device": what.device,
+    }  # fmt: skip
+
+
+def _runner(args: Namespace, *, n_missing: int) -> AbstractContextManager[RunBlocks]:
+    """Return what runs the blocks: this process where one is enough, else Dask workers."""
+    n_workers = args.workers or min(os.cpu_count() or 1, 8)
+    if args.cluster == "local" and min(n_workers, n_missing) <= 1:
+        return nullcontext(run_serial)
+    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.cluster:open_runner")(
+        cluster=args.cluster, n_workers=min(n_workers, max(1, n_missing))
+    )
+    return runner

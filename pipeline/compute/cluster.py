@@ -1,0 +1,203 @@
+"""The runner on Dask workers: processes of this machine, started for the run, or those of a cluster that is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from uuid import uuid4
+
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster
+
+from pipeline.compute.resident import ResidentWork
+from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, RunBlocks, cause_of
+from pipeline.compute.window import Window
+from pipeline.errors import ArgumentError, ClusterError
+
+log = logging.getLogger("haloseg")
+
+CONNECT_TIMEOUT_S = 10.0
+FIRST_WORKER_TIMEOUT_S = 30.0
+WORKER_TIMEOUT_S = 300.0
+_KILL_TIMEOUT_S = 0.2
+_ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_NOISY_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado.application", "asyncio")
+
+
+@dataclass(frozen=True, slots=True)
+class DaskRunner:
+    """Runs blocks on the workers of a cluster, one at a time on each; see RunBlocks.
+
+    The work goes to each worker once, and each makes its state once. Workers may come and go during the run; one whose
+    resources name a GPU (``--resources GPU=1``) makes the run one for GPU workers only.
+    """
+
+    client: Client
+    worker_timeout_s: float = WORKER_TIMEOUT_S
+
+    def __call__(
+        self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
+    ) -> tuple[Quarantined, ...]:
+        """Run every block; see RunBlocks.
+
+        Raises
+        ------
+        RunError : the scheduler died, no worker is left, or so many blocks fail that it is the run that is broken.
+        PipelineError : what a block or the work's setup raised, unchanged.
+        """
+        name = f"haloseg-{uuid4().hex}"
+        with (
+            self._resident(work, name),
+            Window(self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s) as window,
+        ):
+            return window.run(indices)
+
+    @contextmanager
+    def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
+        """Keep the work on every worker for as long as the block runs."""
+        plugin = ResidentWork(work)
+        try:
+            self.client.register_plugin(plugin, name=name)
+        except Exception as error:
+            raise ClusterError(
+                f"every worker must have this haloseg installed, got {cause_of(error)}; install the same version on all"
+            ) from error
+        try:
+            yield
+        finally:
+            if self.client.status == "running":
+                with suppress(Exception):  # a worker that dies now takes its copy with it
+                    self.client.unregister_worker_plugin(name)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def open_runner(
+    *, cluster: str = "local", n_workers: int, worker_timeout_s: float = WORKER_TIMEOUT_S
+) -> Iterator[RunBlocks]:
+    """Yield a runner of blocks, on a cluster that is closed at the end if it was started here.
+
+    Parameters
+    ----------
+    cluster : "local" for processes of this machine, or the address of a scheduler, tcp://host:port or tls://host:port
+    n_workers : processes of a local cluster; an address brings its own
+    worker_timeout_s : how long a run goes on waiting when it has lost every worker
+
+    Raises
+    ------
+    ArgumentError : the cluster is neither, or there is not at least one worker.
+    ClusterError : no scheduler answers at the address, or it has no worker.
+    """
+    if n_workers < 1:
+        raise ArgumentError(f"a run needs at least 1 worker, got {n_workers}; use 1 or more")
+    if cluster != "local" and not _ADDRESS.fullmatch(cluster):
+        raise ArgumentError(
+            f'cluster must be "local", tcp://host:port or tls://host:port, got "{cluster}"; '
+            "use the address that the scheduler prints"
+        )
+    with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
+        yield DaskRunner(client, worker_timeout_s)
+
+
+@contextmanager
+def _local_client(n_workers: int) -> Iterator[Client]:
+    """Start one process per worker, with its share of the cores; memory is the plan's affair, not Dask's."""
+    n_threads = max(1, CPU_COUNT // n_workers)
+    settings: dict[str, int] = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS}
+    settings["distributed.scheduler.allowed-failures"] = RETRIES
+    with (
+        _kept_environment(),
+        dask.config.set(settings),
+        _started(n_workers) as cluster,
+        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+    ):
+        try:
+            yield client
+        except BaseException:
+            cluster.sync(_kill_workers, cluster)
+            raise
+
+
+def _started(n_workers: int) -> LocalCluster:
+    """Return a running cluster whose processes do not hear Ctrl-C: this one does, and ends them.
+
+    Threads and processes inherit the signals that are blocked where they are started, also those of later restarts.
+    """
+    resource_tracker.ensure_running()  # it unblocks the signal in the thread that first needs it (CPython, all of 3.x)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        return LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=n_workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        )  # fmt: skip
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def _kill_workers(cluster: LocalCluster) -> None:
+    """End the processes in the midst of their blocks, whose writes are atomic; Dask would wait seconds for them."""
+    await asyncio.gather(*(nanny.close(timeout=_KILL_TIMEOUT_S) for nanny in cluster.workers.values()))
+
+
+@contextmanager
+def _remote_client(address: str) -> Iterator[Client]:
+    """Connect to a scheduler that has at least one worker."""
+    try:
+        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ClusterError(
+            f"a Dask scheduler must answer at {address} within {CONNECT_TIMEOUT_S:g} s, got {cause_of(error)}; "
+            "start it or mend the address"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=FIRST_WORKER_TIMEOUT_S)
+        except TimeoutError as error:
+            raise ClusterError(
+                f"the scheduler at {address} must have a worker within {FIRST_WORKER_TIMEOUT_S:g} s, got none; "
+                f"start some: dask worker {address} --nthreads 1"
+            ) from error
+        yield client
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Give this process its environment back: Dask's nannies put the settings of their workers into it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+class _ToOurLog(logging.Handler):
+    """Hands Dask's errors to our own log as details: what a user must know comes as an exception or a quarantine."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.debug("%s: %s", record.name, record.getMessage())
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keep Dask's own chatter off the terminal for as long as the block runs."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    before = [(each, each.level, each.handlers, each.propagate) for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+        each.handlers, each.propagate = [_ToOurLog()], False
+    try:
+        yield
+    finally:
+        for each, level, handlers, propagate in before:
+            each.setLevel(level)
+            each.handlers, each.propagate = handlers, propagate

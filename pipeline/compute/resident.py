@@ -1,0 +1,102 @@
+"""ResidentWork: a run's work and its state on one Dask worker, and what a block's task sends back to the run."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+from distributed import Worker, WorkerPlugin, get_worker
+
+from pipeline.compute.runner import BlockRecord, BlockWork, cause_of
+from pipeline.errors import PipelineError, RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A block raised an error that counts against it alone; ``worker`` is the address of where."""
+
+    cause: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A block, or the state that blocks need, raised an error that ends the run."""
+
+    error: PipelineError
+
+
+Outcome = BlockRecord | Failed | Stopped
+
+
+class ResidentWork(WorkerPlugin):
+    """Keeps the work, pickled, on every worker there is or will be; the first block makes the state.
+
+    The state is not made when the plugin arrives: that would block the worker's event loop while a network loads, and
+    a worker that dies of it would be restarted into the same death for ever, with no block to blame.
+    """
+
+    def __init__(self, work: BlockWork) -> None:
+        self._pickled: bytes = cloudpickle.dumps(work)
+        self._lock: Lock
+        self._over: bool
+
+    def setup(self, worker: Worker) -> None:
+        """Begin with no state; runs again after a restart of the worker."""
+        self._lock, self._over = Lock(), False
+        self._ready: tuple[BlockWork, Any] | None = None
+        self._worker = worker.address
+
+    def teardown(self, worker: Worker) -> None:
+        """Drop the state; blocks that still wait do not begin."""
+        del worker
+        self._over, self._ready = True, None
+
+    def run(self, index: int) -> Outcome:
+        """Run one block; one at a time, however many threads the worker has: memory is planned per worker."""
+        with self._lock:
+            if self._over:
+                return Failed("the run is over", self._worker)
+            try:
+                work, state = self._ready = self._ready or self._make()
+            except PipelineError as error:
+                return Stopped(_portable(error))
+            try:
+                return work.run(state, index)
+            except PipelineError as error:
+                return Stopped(_portable(error))
+            except Exception as error:  # noqa: BLE001 whatever a block dies of is reported, never lost
+                return Failed(cause_of(error), self._worker)
+
+    def _make(self) -> tuple[BlockWork, Any]:
+        try:
+            work: BlockWork = pickle.loads(self._pickled)
+            return work, work.setup()
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise RunError(
+                f"every worker must get ready for its blocks, got {cause_of(error)} on {self._worker}; mend it and run "
+                "the same command again"
+            ) from error
+
+
+def run_block(name: str, index: int) -> Outcome:
+    """Run one block with the work that the plugin of this name holds; this is the task that Dask sees."""
+    worker = get_worker()
+    plugin = worker.plugins.get(name)
+    if not isinstance(plugin, ResidentWork):
+        return Failed("the worker does not hold the run's work yet", worker.address)
+    return plugin.run(index)
+
+
+def _portable(error: PipelineError) -> PipelineError:
+    """Return the error if it survives pickling, else one that does and says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 an error's own constructor may raise anything
+        return RunError(cause_of(error))
+    return error

@@ -1,0 +1,182 @@
+"""Window: a run's blocks on a Dask cluster, a few per worker at a time, until every one is done or quarantined."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any, Self
+
+from distributed import Client, Future, KilledWorker
+
+from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
+from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
+from pipeline.errors import RunError
+
+log = logging.getLogger("haloseg")
+
+BLOCKS_PER_WORKER = 4
+REFRESH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One attempt at a block; ``avoid`` is the worker on which the last one failed."""
+
+    index: int
+    attempt: int = 0
+    avoid: str = ""
+
+
+class Window:
+    """The blocks in flight of one run; what it holds does not grow with the number of blocks.
+
+    Dask counts a worker's death against every block that was on its way to that worker, and gives up a block after
+    some deaths. Such a block is only a suspect: when all others are done it runs again, alone, and then the blame is
+    sure.
+
+    Parameters
+    ----------
+    name : of the plugin that holds the run's work on every worker
+    worker_timeout_s : how long the run goes on waiting without a single worker
+    """
+
+    def __init__(
+        self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float
+    ) -> None:
+        self._client, self._name, self._on_record = client, name, on_record
+        self._worker_timeout_s = worker_timeout_s
+        self._in_flight: dict[Future[Outcome], _Task] = {}
+        self._finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
+        self._again: deque[_Task] = deque()
+        self._suspects: list[_Task] = []
+        self._quarantined: list[Quarantined] = []
+        self._workers: frozenset[str] = frozenset()
+        self._gpu = self._mixed = False
+        self._alone = False
+        self._seen_s = self._asked_s = monotonic()
+        self._refresh()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Cancel what is still in flight, which is nothing unless the run is being left by an error."""
+        if self._in_flight:
+            with suppress(Exception):  # a cluster that is gone has nothing to cancel, and the cause is on its way up
+                self._client.cancel(list(self._in_flight), force=True)  # type: ignore[no-untyped-call]
+        self._in_flight.clear()
+
+    def run(self, indices: Iterable[int]) -> tuple[Quarantined, ...]:
+        """Run every block; the iterable is read only as far as there is room in the window."""
+        self._drain(_Task(index) for index in indices)
+        self._alone = True
+        for suspect in self._suspects:
+            self._drain(iter((suspect,)))
+        return tuple(self._quarantined)
+
+    def _drain(self, tasks: Iterator[_Task]) -> None:
+        self._fill(tasks)
+        while self._in_flight:
+            future = self._next_finished()
+            if future is not None:
+                self._settle(self._in_flight.pop(future), _outcome(future))
+            self._fill(tasks)
+
+    def _fill(self, tasks: Iterator[_Task]) -> None:
+        if monotonic() - self._asked_s > REFRESH_S:
+            self._refresh()
+        while len(self._in_flight) < BLOCKS_PER_WORKER * max(1, len(self._workers)):
+            task = self._again.popleft() if self._again else next(tasks, None)
+            if task is None:
+                return
+            self._submit(task)
+
+    def _submit(self, task: _Task) -> None:
+        others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
+        future = self._client.submit(
+            run_block, self._name, task.index,
+            key=f"{self._name}-{task.index}-{task.attempt}", pure=False, retries=0,
+            resources={"GPU": 1} if self._gpu else None,
+            workers=sorted(others) or None, allow_other_workers=bool(others),
+        )  # fmt: skip
+        self._in_flight[future] = task
+        future.add_done_callback(self._finished.put)  # type: ignore[no-untyped-call]
+
+    def _next_finished(self) -> Future[Outcome] | None:
+        with suppress(Empty):
+            return self._finished.get(timeout=REFRESH_S)
+        return None
+
+    def _settle(self, task: _Task, outcome: object) -> None:
+        """Act on what one attempt came to."""
+        match outcome:
+            case BlockRecord():
+                self._on_record(outcome)
+            case Failed():
+                self._count_against(task, outcome.cause, worker=outcome.worker)
+            case Stopped():
+                raise outcome.error
+            case KilledWorker():
+                self._suspect(task, n_deaths=outcome.allowed_failures + 1)
+            case concurrent.futures.CancelledError() | asyncio.CancelledError():
+                raise RunError(
+                    "the Dask scheduler must live as long as the run, got blocks that it lost or cancelled; what is "
+                    "done is kept, start the scheduler and run the same command again"
+                )
+            case BaseException():
+                self._count_against(task, cause_of(outcome), worker="")
+            case _:
+                raise TypeError(f"the run of a block must return a BlockRecord, got {outcome!r}; return one")
+
+    def _count_against(self, task: _Task, cause: str, *, worker: str) -> None:
+        """Try the block again, on another worker if there is one, up to the number of retries."""
+        log.warning("block %d failed, attempt %d of %d: %s", task.index, task.attempt + 1, 1 + RETRIES, cause)
+        if task.attempt < RETRIES:
+            self._again.append(_Task(task.index, task.attempt + 1, worker))
+        else:
+            self._quarantine(Quarantined(task.index, cause))
+
+    def _suspect(self, task: _Task, *, n_deaths: int) -> None:
+        """Set aside a block whose workers died; quarantine it if it was alone."""
+        cause = f"worker died {n_deaths} times on this block (out of memory?)"
+        if self._alone:
+            self._quarantine(Quarantined(task.index, cause))
+            return
+        log.warning("block %d is run again when all others are done: %d workers died under it", task.index, n_deaths)
+        self._suspects.append(_Task(task.index, task.attempt + 1))
+        check_quarantine([*self._quarantined, *(Quarantined(each.index, cause) for each in self._suspects)])
+
+    def _quarantine(self, block: Quarantined) -> None:
+        self._quarantined.append(block)
+        check_quarantine(self._quarantined)
+
+    def _refresh(self) -> None:
+        """Ask which workers there are now; those with a GPU alone count where there are any."""
+        self._asked_s = now = monotonic()
+        every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
+        with_gpu = frozenset(address for address, each in every.items() if each["resources"].get("GPU", 0) >= 1)
+        self._gpu = self._gpu or bool(with_gpu)
+        self._workers = with_gpu if self._gpu else frozenset(every)
+        self._mixed = len(self._workers) < len(every)
+        if self._workers:
+            self._seen_s = now
+        elif now - self._seen_s > self._worker_timeout_s:
+            raise RunError(
+                f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
+                "start workers and run the same command again"
+            )
+
+
+def _outcome(future: Future[Outcome]) -> object:
+    """Return what a finished attempt sent back, or the error that Dask had with it; the future is let go."""
+    try:
+        return future.result()
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 sorted by kind in _settle
+        return error

@@ -1,0 +1,54 @@
+"""Info: what lies at a path, a scan, an image or labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.scans.backend import open_scan
+from pipeline.store.image import Image, read_image
+from pipeline.store.labels import Labels, published, read_labels
+from pipeline.store.location import Location
+
+
+def info(path: str) -> dict[str, Any]:
+    """Return a JSON document of what lies at a path: kind, shape, axes, dtype, voxel size, and more by kind.
+
+    Raises
+    ------
+    ScanError : nothing that can be read lies there.
+    """
+    location = Location(str(path))
+    if (image := read_image(location)) is not None:
+        return _image(image)
+    if (labels := read_labels(location)) is not None:
+        return _labels(labels)
+    scan = open_scan(path)
+    size = scan.attrs.get("voxel_size_um")
+    return {
+        "path": str(path), "kind": "scan", "format": scan.attrs.get("format"), "axes": "".join(map(str, scan.dims)),
+        "shape": list(scan.shape), "dtype": str(scan.dtype), "voxel_size_um": list(size) if size else None,
+    }  # fmt: skip
+
+
+def _image(image: Image) -> dict[str, Any]:
+    return {
+        "path": str(image.location), "kind": "image", "complete": bool(image.statistics), "axes": image.axes,
+        "shape": [image.n_channels, *image.spatial_shape], "dtype": image.dtype,
+        "voxel_size_um": list(image.voxel_size_um) if image.voxel_size_um else None,
+        "chunk": list(image.layout.chunk), "shard": list(image.layout.shard),
+        "scan": image.scan.get("name"), "labels": published(image.location / "labels"),
+        "levels": [{"path": level.path, "shape": list(level.shape)} for level in image.levels],
+        "statistics": [each.to_json() for each in image.statistics],
+    }  # fmt: skip
+
+
+def _labels(labels: Labels) -> dict[str, Any]:
+    made = labels.provenance or {}
+    return {
+        "path": str(labels.location), "kind": "labels",
+        "complete": labels.location.name in published(labels.location.parent), "axes": labels.axes,
+        "shape": list(labels.spatial_shape), "dtype": labels.dtype, "classes": list(labels.classes),
+        "chunk": list(labels.layout.chunk), "shard": list(labels.layout.shard),
+        "made_by": made.get("made_by"), "model": made.get("model"),
+        "levels": [{"path": level.path, "shape": list(level.shape)} for level in labels.levels],
+    }  # fmt: skip

@@ -1,0 +1,193 @@
+"""Plan: what segmenting an image with a model will do, all checked beforehand; nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+from pipeline.errors import ArgumentError, BudgetError, ModelError
+from pipeline.geometry.grid import BlockGrid
+from pipeline.geometry.tiles import TileRule
+from pipeline.store.arrays import done_shards
+from pipeline.store.image import Image, open_image
+from pipeline.store.labels import Labels, check_same_run, label_location, same_layout
+from pipeline.store.location import Location
+from pipeline.store.probabilities import Probabilities
+from pipeline.unet.memory import choose_tile, peak_bytes
+from pipeline.unet.model import Model, load_model
+
+log = logging.getLogger("haloseg")
+
+DEFAULT_BUDGET_BYTES = 2**30
+PRECISION = "float32"
+_SIZE_TOLERANCE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, all checked, nothing written yet.
+
+    Attributes
+    ----------
+    rule : the network's rule over the image's spatial axes
+    grid : one block per shard of the label volume
+    tile_shape : what enters the network, voxels along the image's spatial axes
+    peak_bytes : activations, weights and block buffers of one worker, without the interpreter and its libraries
+    halo_overhead : voxels that enter the network per voxel of the scan
+    bytes_read : uncompressed, halos counted each time they are read
+    """
+
+    image: Image
+    model: Model
+    model_path: str
+    labels: Labels
+    probabilities: Probabilities | None
+    rule: TileRule
+    grid: BlockGrid
+    tile_shape: tuple[int, ...]
+    device: str
+    n_tiles: int
+    peak_bytes: int
+    budget_bytes: int
+    halo_overhead: float
+    bytes_read: int
+    bytes_written: int
+
+    def done(self) -> set[int]:
+        """Return the blocks whose every output exists, as the stores say now."""
+        done = done_shards(self.labels.location / "0", self.grid)
+        likely = self.probabilities
+        return done & done_shards(likely.location / "0", self.grid) if likely else done
+
+
+def plan_segment(
+    image: str, *, model: str, name: str, tile: tuple[int, ...] | None = None, probabilities: bool = False,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES, device: str = "cpu",
+) -> Plan:
+    """Check everything that can be checked before a run, and say what the run will do; nothing is written.
+
+    Parameters
+    ----------
+    image : path or URL of a complete image
+    model : path of a model file
+    tile : what enters the network along its own axes, twice the halo and a multiple of the stride; one number for all;
+        by default the one of least overhead within the budget. The labels do not depend on it.
+    budget_bytes : memory of one worker for activations, weights and buffers
+    device : "cpu" or "cuda"
+
+    Raises
+    ------
+    InputError : image, model and settings do not fit; the message says the remedy.
+    """
+    of, network = open_image(image), load_model(model)
+    check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
+    _warn_of_voxel_size(of, network)
+    slices = len(of.spatial_shape) - network.settings.dims
+    rule = network.rule.over_slices() if slices else network.rule
+    layout = same_layout(of, rule.stride)
+    grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
+    labels = Labels(
+        label_location(of.location, name), of.axes.removeprefix("c"), "uint8", layout, of.levels,
+        _fingerprint(of, network), network.classes, network.class_values, _provenance(of, network, model),
+    )  # fmt: skip
+    check_same_run(labels)
+    n_likely = network.settings.n_classes if probabilities else 0
+    likely = Probabilities(of.location / "probabilities" / name, layout, n_likely) if probabilities else None
+    buffers = _buffer_bytes(grid, of, n_likely)
+    tile_shape = _tile(network, grid, slices=slices, tile=tile, budget_bytes=budget_bytes - buffers)
+    core = rule.core_shape(tile_shape)
+    n_tiles, entering, read = _counts(grid, rule, core)
+    return Plan(
+        of, network, model, labels, likely, rule, grid, tile_shape, device, n_tiles,
+        buffers + peak_bytes(network.settings, tile_shape[slices:]), budget_bytes, entering / prod(grid.shape),
+        read * of.n_channels * of.array.dtype.itemsize,
+        prod(grid.shape) * (1 + 4 * n_likely),
+    )  # fmt: skip
+
+
+def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> None:
+    """Refuse a model that takes other dimensions or channels than the scan has."""
+    if model.settings.dims > n_spatial:
+        raise ModelError(
+            f"a {model.settings.dims}-D network needs a volume, got a scan with {n_spatial} spatial axes for {path}; "
+            "use a 2-D model"
+        )
+    if model.settings.in_channels != n_channels:
+        raise ModelError(
+            f"the scan must have the network's {model.settings.in_channels} channels, got {n_channels} for {path}; "
+            "use a model trained on such scans"
+        )
+
+
+def _tile(
+    model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int
+) -> tuple[int, ...]:
+    """Return the tile along the image's spatial axes; a 2-D network takes slices one by one."""
+    if tile is None:
+        chosen = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:])
+        return (1,) * slices + chosen
+    every = tile * model.settings.dims if len(tile) == 1 else tile
+    if len(every) != model.settings.dims:
+        raise ArgumentError(f"tile needs {model.settings.dims} numbers or one for all, got {tile}; give one per axis")
+    model.rule.core_shape(every)
+    if (needed := peak_bytes(model.settings, every)) > budget_bytes:
+        raise BudgetError(
+            f"the tile must fit the budget, got {needed:,} bytes for tile {every} where {max(0, budget_bytes):,} are "
+            "left; use a smaller tile or raise --budget"
+        )
+    return (1,) * slices + every
+
+
+def _buffer_bytes(grid: BlockGrid, image: Image, n_probabilities: int) -> int:
+    """Return the bytes of a block's tile as read and mirrored, of its output, and of their encoding."""
+    block = prod(c + 2 * h for c, h in zip(grid.core_shape, grid.halo, strict=True))
+    read = 2 * block * image.n_channels * image.array.dtype.itemsize
+    return read + 3 * prod(grid.core_shape) * (1 + 4 * n_probabilities)
+
+
+def _counts(grid: BlockGrid, rule: TileRule, core: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return tiles, voxels that enter the network, and voxels read, over all blocks; axes are independent."""
+    tiles, entering, read = 1, 1, 1
+    for n, c, h, s, t in zip(grid.shape, grid.core_shape, rule.halo, rule.stride, core, strict=True):
+        axis = BlockGrid((n,), (c,), (h,), (s,))
+        one = TileRule((s,), (h,), (0,))
+        cores = [part for block in axis for part in one.cores(block.core.shape, (t,))]
+        tiles *= len(cores)
+        entering *= sum(one.tile_shape(part.shape)[0] for part in cores)
+        read *= sum(block.tile.clip((n,)).n_voxels for block in axis)
+    return tiles, entering, read
+
+
+def _fingerprint(image: Image, model: Model) -> dict[str, Any]:
+    """Return what must be the same for two runs to be one."""
+    content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"image": digest, "model": model.digest, "precision": PRECISION}
+
+
+def _provenance(image: Image, model: Model, path: str) -> dict[str, Any]:
+    """Return who made the labels from what; nothing that differs between two runs of the same command."""
+    return {
+        "made_by": "haloseg segment", "scan": image.scan,
+        "model": Location(str(path)).name, "model_sha256": model.digest,
+        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "precision": PRECISION,
+        "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
+        "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
+    }  # fmt: skip
+
+
+def _warn_of_voxel_size(image: Image, model: Model) -> None:
+    if not image.voxel_size_um or not model.voxel_size_um:
+        return
+    dims = model.settings.dims
+    pairs = list(zip(image.voxel_size_um[-dims:], model.voxel_size_um[-dims:], strict=True))
+    if any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
+        log.warning(
+            "the model was trained at %s um per voxel, the image has %s: expect worse labels, or resample the scan",
+            model.voxel_size_um[-dims:], image.voxel_size_um[-dims:],
+        )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Report: a picture of labels over their image, small enough to look at whatever the scan's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.geometry.box import Box
+from pipeline.store.arrays import open_array
+from pipeline.store.image import Image
+from pipeline.store.labels import LABEL_COLOURS, Labels
+
+_LARGEST = 512
+_GAP = 8
+_OPACITY = 0.45
+
+
+def picture(image: Image, labels: Labels, *, truth: Labels | None = None) -> bytes:
+    """Return a PNG: the image, the truth over it where there is one, and the labels over it, side by side.
+
+    Shows the middle slice of a volume, at the finest level that is at most 512 voxels along y and x; of a larger
+    coarsest level its middle.
+    """
+    index = next((i for i, level in enumerate(image.levels) if max(level.shape[-2:]) <= _LARGEST), -1)
+    index = index % len(image.levels)
+    region = _region(image.levels[index].shape)
+    grey = _grey(image, index, region)
+    panels = [grey]
+    for each in (truth, labels):
+        if each is not None:
+            array = open_array(each.location / each.levels[index].path)
+            panels.append(_over(grey, np.asarray(array[region.slices]).reshape(grey.shape[:2]), each))
+    gap = np.full((grey.shape[0], _GAP, 3), 255, dtype=np.uint8)
+    strip = [part for panel in panels for part in (panel, gap)][:-1]
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(np.concatenate(strip, axis=1))))
+
+
+def _region(shape: tuple[int, ...]) -> Box:
+    """Return the middle slice, and of it the middle where it is too large to look at."""
+    depth = shape[:-2]
+    start = tuple(n // 2 for n in depth) + tuple(max(0, (n - _LARGEST) // 2) for n in shape[-2:])
+    return Box(start, tuple(n // 2 + 1 for n in depth) + tuple(
+        a + min(n, _LARGEST) for a, n in zip(start[-2:], shape[-2:], strict=True)
+    ))
+
+
+def _grey(image: Image, index: int, region: Box) -> NDArray[np.uint8]:
+    """Return the voxels as (y, x, 3): the first three channels as red, green and blue, or the first as grey."""
+    voxels = np.asarray(image.level(index)[(slice(None), *region.slices)], dtype=np.float64)
+    shown = []
+    for channel in (0, 1, 2) if image.n_channels >= 3 else (0, 0, 0):
+        at = dict(image.statistics[channel].percentiles)
+        low, high = at[0.1], at[99.9]
+        plane = voxels[channel].reshape(voxels.shape[-2:])
+        shown.append(np.clip((plane - low) / max(high - low, 1e-12), 0, 1) * 255)
+    return np.stack(shown, axis=-1).astype(np.uint8)
+
+
+def _over(grey: NDArray[np.uint8], plane: NDArray[Any], labels: Labels) -> NDArray[np.uint8]:
+    """Return the picture with each label but the lowest in its colour."""
+    values = labels.class_values if not labels.classes else tuple(range(len(labels.classes)))
+    order = {v: i for i, v in enumerate(values or np.unique(plane).tolist())}
+    out = grey.astype(np.float64)
+    for value, position in order.items():
+        if position:
+            colour = np.array(LABEL_COLOURS[1 + (position - 1) % (len(LABEL_COLOURS) - 1)][:3])
+            where = plane == value
+            out[where] = (1 - _OPACITY) * out[where] + _OPACITY * colour
+    return out.astype(np.uint8)

@@ -1,0 +1,194 @@
+"""The model file: .safetensors whose metadata holds one JSON document under ``haloseg``. No pickle is ever loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.errors import ArgumentError, ModelError
+from pipeline.geometry.tiles import TileRule
+from pipeline.store.location import Location, storage_errors
+from pipeline.store.statistics import Normalisation
+from pipeline.unet.network import UNet
+from pipeline.unet.settings import UNetSettings, closed_form_rule
+
+FORMAT = 1
+_FIELDS = {
+    "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A trained network and all that is needed to use it rightly.
+
+    Attributes
+    ----------
+    classes : name of each class, in the order of the values in a segmented volume
+    class_values : what each class is called in the labels that the network learned from
+    normalisation : how intensities are brought to the network's scale
+    channels : names of the image's channels
+    voxel_size_um : of the images that it learned from, along their spatial axes; None where they told none
+    rule : along the network's spatial axes
+    training : record of the training, a JSON object
+    weights : tensors by name, as in ``UNet.state_dict``
+    digest : SHA-256 of the file; empty before it is saved
+    """
+
+    settings: UNetSettings
+    classes: tuple[str, ...]
+    class_values: tuple[int, ...]
+    normalisation: Normalisation
+    channels: tuple[str, ...]
+    voxel_size_um: tuple[float, ...] | None
+    rule: TileRule
+    training: dict[str, Any]
+    weights: dict[str, Tensor]
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        n = self.settings.n_labels
+        if not len(self.classes) == len(self.class_values) == n:
+            raise ArgumentError(
+                f"a model needs {n} class names and values, got {self.classes} and {self.class_values}; "
+                "give one per class"
+            )
+        if len(set(self.class_values)) != n or len(self.channels) != self.settings.in_channels:
+            raise ArgumentError(
+                f"class values must differ, and channels be {self.settings.in_channels}, got {self.class_values} and "
+                f"{self.channels}; name each once"
+            )
+        if self.rule != closed_form_rule(self.settings):
+            raise ArgumentError(
+                f"the tile rule must follow from the network, {closed_form_rule(self.settings)}, got {self.rule}; "
+                "save the model anew"
+            )
+        _check_weights(self.settings, self.weights)
+
+
+def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Write the model at a path or URL, at once or not at all; returns it with the digest of its file."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
+    content = save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
+    location = Location(os.fspath(path))
+    with storage_errors(location.parent):
+        if location.is_local:
+            _replace(Path(location.url.removeprefix("file://")), content)
+        else:
+            location.write_bytes(content)
+    return replace(model, digest=hashlib.sha256(content).hexdigest())
+
+
+def load_model(path: str | os.PathLike[str]) -> Model:
+    """Return the model in the file at a path or URL.
+
+    Raises
+    ------
+    ModelError : there is no file, it is damaged, no model of ours, of a newer format, or its parts do not fit.
+    """
+    try:
+        content = Location(os.fspath(path)).read_bytes()
+    except (OSError, ImportError, ValueError) as error:
+        cause = type(error).__name__
+        raise ModelError(f"a model must be a readable file, got {path} ({cause}); check the path") from error
+    try:
+        document = _document(content)
+        weights = load_tensors(content)
+        return _from_json(document, weights=weights, digest=hashlib.sha256(content).hexdigest())
+    except (SafetensorError, KeyError, TypeError, ValueError, ModelError) as error:
+        cause = " ".join(str(error).split())
+        raise ModelError(
+            f"a model must be an undamaged .safetensors file written by haloseg, got {path}: {cause}; "
+            "copy it anew, or train one with haloseg train"
+        ) from error
+
+
+def build(model: Model, device: str) -> UNet:
+    """Return the model's network on a device, in eval mode and without gradients."""
+    with torch.device("meta"):
+        network = UNet(model.settings)
+    network.load_state_dict(model.weights, assign=True)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there, so that readers see the old or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _document(content: bytes) -> dict[str, Any]:
+    """Return our JSON document out of a safetensors header: a length, then a JSON object with ``__metadata__``."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise ModelError("it is truncated or of another kind")
+    header = json.loads(content[8 : 8 + length])
+    about = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    if "haloseg" not in about:
+        raise ModelError("it has no haloseg entry")
+    document = json.loads(about["haloseg"])
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise ModelError("its haloseg entry has no format number")
+    if document["format"] > FORMAT:
+        raise ModelError(f"its format {document['format']} is newer than {FORMAT}, the newest known: update haloseg")
+    if set(document) != _FIELDS:
+        raise ModelError(f"its haloseg entry must have {sorted(_FIELDS)}, has {sorted(document)}")
+    return document
+
+
+def _to_json(model: Model) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "network": model.settings.to_json(), "classes": model.classes,
+        "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
+        "voxel_size_um": model.voxel_size_um, "training": model.training,
+        "rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
+    }  # fmt: skip
+
+
+def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: str) -> Model:
+    rule, size = document["rule"], document["voxel_size_um"]
+    if not isinstance(document["training"], dict):
+        raise ModelError("its training record is no JSON object")
+    return Model(
+        UNetSettings.from_json(document["network"]), tuple(map(str, document["classes"])),
+        tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
+        tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
+        TileRule(*(tuple(map(int, rule[name])) for name in ("stride", "halo", "trim"))), document["training"],
+        weights, digest,
+    )  # fmt: skip
+
+
+def _check_weights(settings: UNetSettings, weights: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not exactly those of the network, or not finite."""
+    with torch.device("meta"):
+        expected = UNet(settings).state_dict()
+    if odd := sorted(set(expected) ^ set(weights)):
+        raise ModelError(f"tensors must be those of the network, got {len(odd)} too many or missing, such as {odd[0]}")
+    for name, tensor in weights.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise ModelError(
+                f"tensor {name} must be {like.dtype} of shape {tuple(like.shape)}, got {tensor.dtype} of "
+                f"{tuple(tensor.shape)}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"tensor {name} must be finite, got NaN or infinity")

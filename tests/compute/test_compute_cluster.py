@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import os
+import threading
+from itertools import count
+from pathlib import Path
+
+import psutil
+import pytest
+from compute_works import Environment, Scripted
+from dask.system import CPU_COUNT
+
+from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute.runner import BlockRecord, Quarantined, run_serial
+from pipeline.compute.window import BLOCKS_PER_WORKER
+from pipeline.errors import ArgumentError, ModelError, RunError, StorageError
+
+N_WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def run():
+    before = dict(os.environ)
+    with open_runner(n_workers=N_WORKERS) as runner:
+        yield runner
+    assert dict(os.environ) == before
+
+
+def files(folder: Path, kind: str) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in (folder / kind).glob("*")}
+
+
+def attempts(folder: Path, index: int) -> list[str]:
+    return [each.read_text() for each in sorted((folder / "attempts").glob(f"{index}-*"))]
+
+
+def done(records: list[BlockRecord]) -> list[int]:
+    return sorted(record.index for record in records)
+
+
+def test_a_run_on_workers_writes_the_bytes_of_a_serial_run(run, tmp_path):
+    records, serial = [], []
+    assert run(Scripted(str(tmp_path / "dask")), range(40), on_record=records.append) == ()
+    assert run_serial(Scripted(str(tmp_path / "serial")), range(40), on_record=serial.append) == ()
+    assert sorted(records, key=lambda record: record.index) == serial
+    assert files(tmp_path / "dask", "blocks") == files(tmp_path / "serial", "blocks")
+
+
+def test_records_come_in_the_callers_thread(run, tmp_path):
+    threads = set()
+    run(Scripted(str(tmp_path)), range(5), on_record=lambda _: threads.add(threading.get_ident()))
+    assert threads == {threading.get_ident()}
+
+
+def test_the_state_is_made_once_per_worker_and_dropped_at_the_end(run, tmp_path):
+    run(Scripted(str(tmp_path), sleep_s=0.02), range(40), on_record=lambda _: None)
+    setups = list(files(tmp_path, "setups").values())
+    assert len(setups) == len(set(setups)) == N_WORKERS
+    plugins = run.client.run(lambda dask_worker: list(dask_worker.plugins))
+    assert not [name for names in plugins.values() for name in names if name.startswith("haloseg")]
+
+
+def test_no_blocks_is_no_work(run, tmp_path):
+    assert run(Scripted(str(tmp_path)), (), on_record=pytest.fail) == ()
+
+
+def test_a_block_that_fails_twice_is_tried_on_other_workers_until_it_works(run, tmp_path):
+    records = []
+    work = Scripted(str(tmp_path), acts=((3, "fail twice"),), sleep_s=0.02)
+    assert run(work, range(12), on_record=records.append) == ()
+    assert done(records) == list(range(12))
+    first, second, third = attempts(tmp_path, 3)
+    assert first != second != third
+
+
+def test_a_block_that_always_fails_is_quarantined_as_in_a_serial_run(run, tmp_path):
+    records = []
+    acts = ((3, "fail"), (7, "fail"))
+    failed = run(Scripted(str(tmp_path / "dask"), acts), range(12), on_record=records.append)
+    serial = run_serial(Scripted(str(tmp_path / "serial"), acts), range(12), on_record=lambda _: None)
+    assert set(failed) == set(serial) == {Quarantined(i, "ValueError: this block fails") for i in (3, 7)}
+    assert done(records) == [i for i in range(12) if i not in (3, 7)]
+    assert len(attempts(tmp_path / "dask", 3)) == len(attempts(tmp_path / "serial", 3)) == 3
+
+
+def test_a_run_in_which_a_hundred_blocks_fail_ends(run, tmp_path):
+    acts = tuple((i, "fail") for i in range(1000))
+    with pytest.raises(RunError, match=r"at most 99 blocks of a run may fail, got 100; the last cause: ValueError: "):
+        run(Scripted(str(tmp_path), acts), range(1000), on_record=pytest.fail)
+
+
+def test_a_killed_worker_costs_nothing_but_time(run, tmp_path):
+    records = []
+    work = Scripted(str(tmp_path), acts=((5, "die once"),), sleep_s=0.02)
+    assert run(work, range(30), on_record=records.append) == ()
+    assert done(records) == list(range(30))
+    assert len(files(tmp_path, "blocks")) == 30
+    assert len(set(attempts(tmp_path, 5))) == 2
+
+
+def test_a_block_that_kills_its_workers_is_quarantined_and_its_neighbours_are_not(run, tmp_path):
+    records = []
+    work = Scripted(str(tmp_path), acts=((2, "die"),), sleep_s=0.02)
+    failed = run(work, range(16), on_record=records.append)
+    assert failed == (Quarantined(2, "worker died 3 times on this block (out of memory?)"),)
+    assert done(records) == [i for i in range(16) if i != 2]
+
+
+def test_an_error_of_ours_ends_the_run_at_once_unchanged(run, tmp_path):
+    indices, records = count(), []
+    with pytest.raises(StorageError, match=r"^the disk must have room, got none; free some$"):
+        run(Scripted(str(tmp_path), acts=((20, "disk full"),)), indices, on_record=records.append)
+    assert len(attempts(tmp_path, 20)) == 1
+    assert next(indices) < 20 + 1 + 2 * BLOCKS_PER_WORKER * N_WORKERS
+
+
+def test_an_error_of_ours_in_setup_ends_the_run_unchanged(run, tmp_path):
+    with pytest.raises(ModelError, match=r"^a model must be readable, got none; give another$"):
+        run(Scripted(str(tmp_path), setup_fails_with="ours"), range(5), on_record=pytest.fail)
+
+
+def test_any_other_error_in_setup_ends_the_run_with_its_cause(run, tmp_path):
+    with pytest.raises(RunError, match=r"get ready for its blocks, got ValueError: no device on tcp://.*; mend it"):
+        run(Scripted(str(tmp_path), setup_fails_with="no device"), range(5), on_record=pytest.fail)
+
+
+def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path):
+    n_read, records, most = count(), [], []
+
+    def indices():
+        for index in range(200):
+            next(n_read)
+            most.append(index + 1 - len(records))
+            yield index
+
+    run(Scripted(str(tmp_path)), indices(), on_record=records.append)
+    assert next(n_read) == len(records) == 200
+    assert max(most) == BLOCKS_PER_WORKER * N_WORKERS
+
+
+def test_an_error_in_the_caller_cancels_the_run_and_the_workers_go_on_to_the_next(run, tmp_path):
+    def stop(record: BlockRecord) -> None:
+        raise KeyboardInterrupt(record.index)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted(str(tmp_path / "first"), sleep_s=0.05), range(1000), on_record=stop)
+    records = []
+    assert run(Scripted(str(tmp_path / "second")), range(10), on_record=records.append) == ()
+    assert done(records) == list(range(10))
+    assert len(files(tmp_path / "first", "blocks")) <= BLOCKS_PER_WORKER * N_WORKERS
+
+
+def test_workers_share_the_cores(run, tmp_path):
+    run(Environment(str(tmp_path / "it"), "OMP_NUM_THREADS"), [0], on_record=lambda _: None)
+    expected = os.environ.get("OMP_NUM_THREADS", str(max(1, CPU_COUNT // N_WORKERS)))
+    assert (tmp_path / "it").read_text() == expected
+
+
+def test_a_cluster_that_was_started_for_the_run_is_gone_after_it(tmp_path):
+    before = set(psutil.Process().children(recursive=True))
+    with open_runner(n_workers=1) as runner:
+        assert isinstance(runner, DaskRunner)
+        runner(Scripted(str(tmp_path)), range(3), on_record=lambda _: None)
+        (pid,) = {int(each) for each in files(tmp_path, "setups").values()}
+    assert not psutil.pid_exists(pid)
+    left = {each for each in psutil.Process().children(recursive=True) if "resource_tracker" not in str(each.cmdline())}
+    assert left <= before
+
+
+@pytest.mark.parametrize("cluster", ["dask", "127.0.0.1:8786", "http://here:8786", "tcp://here", "tcp://here:port"])
+def test_a_cluster_is_local_or_an_address(cluster):
+    rule = r'^cluster must be "local", tcp://host:port or tls://host:port, got "'
+    with pytest.raises(ArgumentError, match=rule), open_runner(cluster=cluster, n_workers=1):
+        pytest.fail("opened")
+
+
+def test_there_is_at_least_one_worker():
+    rule = r"^a run needs at least 1 worker, got 0; use 1 or more$"
+    with pytest.raises(ArgumentError, match=rule), open_runner(n_workers=0):
+        pytest.fail("opened")

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import tensorstore
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ArgumentError
+from pipeline.geometry.grid import BlockGrid
+from pipeline.store.arrays import Layout, create_array, done_shards, open_array, plan_layout, sweep, write_shard
+from pipeline.store.location import Location
+
+
+def tensorstore_read(location):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(location)}}
+    return tensorstore.open(spec).result().read().result()
+
+
+@pytest.mark.parametrize("shape", [(1, 100, 130), (2, 40, 70, 33)])
+def test_shards_written_one_by_one_are_read_back_by_tensorstore(tmp_path, shape):
+    location = Location(str(tmp_path / "0"))
+    layout = Layout((16,) * (len(shape) - 1), (32,) * (len(shape) - 1))
+    voxels = np.random.default_rng(0).integers(0, 60000, shape).astype(np.uint16)
+    create_array(location, shape=shape, dtype=np.uint16, layout=layout, axes=tuple("czyx"[-len(shape) :]))
+    array = open_array(location)
+    grid = BlockGrid(shape[1:], layout.shard)
+    for block in grid:
+        assert block.index not in done_shards(location, grid)
+        write_shard(array, block.core, voxels[(slice(None), *block.core.slices)], location=location)
+        assert block.index in done_shards(location, grid)
+    np.testing.assert_array_equal(tensorstore_read(location), voxels)
+
+
+def test_a_shard_of_zeros_is_stored_since_what_exists_is_done(tmp_path):
+    location = Location(str(tmp_path / "0"))
+    create_array(location, shape=(64, 64), dtype=np.uint8, layout=Layout((16, 16), (32, 32)), axes=("y", "x"))
+    grid = BlockGrid((64, 64), (32, 32))
+    write_shard(open_array(location), grid.block(2).core, np.zeros((32, 32), np.uint8), location=location)
+    assert done_shards(location, grid) == {2}
+
+
+def test_a_damaged_shard_is_replaced(tmp_path):
+    location = Location(str(tmp_path / "0"))
+    create_array(location, shape=(40, 64), dtype=np.uint8, layout=Layout((16, 16), (32, 32)), axes=("y", "x"))
+    grid = BlockGrid((40, 64), (32, 32))
+    for block in grid:
+        (tmp_path / "0" / "c" / str(block.position[0])).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "0" / "c" / str(block.position[0]) / str(block.position[1])).write_bytes(b"garbage")
+        write_shard(open_array(location), block.core, np.full(block.core.shape, 7, np.uint8), location=location)
+    assert (open_array(location)[:] == 7).all()
+
+
+def test_a_flipped_byte_is_found_and_not_read(tmp_path):
+    location = Location(str(tmp_path / "0"))
+    create_array(location, shape=(32, 32), dtype=np.uint8, layout=Layout((32, 32), (32, 32)), axes=("y", "x"))
+    voxels = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    write_shard(open_array(location), BlockGrid((32, 32), (32, 32)).block(0).core, voxels, location=location)
+    shard = tmp_path / "0" / "c" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        open_array(location)[:]
+
+
+def test_sweep_removes_what_a_killed_writer_left_and_nothing_else(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.abc.partial").write_bytes(b"half")
+    (tmp_path / "c" / "0").write_bytes(b"whole")
+    sweep(Location(str(tmp_path)))
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["0"]
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=3))
+@settings(max_examples=200)
+def test_planned_shards_are_multiples_of_chunks(shape):
+    layout = plan_layout(tuple(shape))
+    assert all(s % c == 0 for s, c in zip(layout.shard, layout.chunk, strict=True))
+    assert np.prod([float(s) for s in layout.shard]) <= 256**3
+
+
+def test_given_shards_choose_chunks_that_divide_them():
+    assert plan_layout((500, 500), shard=(96, 100)) == Layout((96, 100), (96, 100))
+    assert plan_layout((500, 500, 500), shard=(192, 128, 100)) == Layout((64, 64, 50), (192, 128, 100))
+    assert plan_layout((500, 500), chunk=(30, 30)).shard == (510, 510)
+    with pytest.raises(ArgumentError, match="shard must be a multiple of the chunk 30, got 100; use 90"):
+        plan_layout((500, 500), chunk=(30, 30), shard=(100, 100))

@@ -1,0 +1,43 @@
+import errno
+
+import pytest
+
+from pipeline.errors import StorageError, StoreError
+from pipeline.store.location import Location, storage_errors
+
+
+def test_files_below_a_folder_are_listed_by_their_relative_names(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "0").write_bytes(b"x")
+    (tmp_path / "a" / "zarr.json").write_text("{}")
+    assert sorted(Location(str(tmp_path / "a")).files()) == ["b/0", "zarr.json"]
+    assert list(Location(str(tmp_path / "nothing")).files()) == []
+
+
+def test_memory_urls_work_as_folders_do():
+    home = Location("memory://haloseg-location")
+    (home / "x" / "0").write_bytes(b"abc")
+    assert list((home / "x").files()) == ["0"]
+    assert (home / "x" / "0").read_bytes() == b"abc"
+    home.delete()
+    assert not (home / "x").exists()
+
+
+@pytest.mark.parametrize(("path", "parent", "name"), [
+    ("a/b.zarr", "a", "b.zarr"), ("b.zarr", ".", "b.zarr"), ("/b.zarr", "/", "b.zarr"), ("s3://x/y/", "s3://x", "y"),
+])  # fmt: skip
+def test_parents(path, parent, name):
+    assert (Location(path).parent.url, Location(path).name) == (parent, name)
+
+
+def test_damaged_metadata_is_one_line(tmp_path):
+    (tmp_path / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="metadata must be JSON"):
+        (Location(str(tmp_path)) / "zarr.json").read_json()
+
+
+def test_a_full_disk_is_a_storage_error_and_other_errors_stay_themselves():
+    with pytest.raises(StorageError, match="full disk"), storage_errors(Location("x")):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(TimeoutError), storage_errors(Location("x")):
+        raise TimeoutError

@@ -1,0 +1,190 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+from volumes import model_file, scan_file, tree_digest
+
+from pipeline.cli import main
+from pipeline.unet.settings import Padding, UNetSettings
+
+
+def fails(capsys, *arguments):
+    """Run a command that must be refused: exit code 2, nothing on stdout, one line on stderr; return that line."""
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("haloseg:")]
+    assert (code, out, len(lines)) == (2, "", 1), err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def printed(capsys, *arguments):
+    """Run a command that must succeed with --json; return its document."""
+    code = main([*(str(a) for a in arguments), "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    scan_file(tmp_path / "scan.tif", (20, 40, 50))
+    return tmp_path / "scan.tif"
+
+
+@pytest.fixture
+def image(scan, capsys):
+    path = scan.with_suffix(".zarr")
+    printed(capsys, "ingest", scan, path, "--chunk", "16", "--shard", "16")
+    return path
+
+
+def test_every_tile_and_number_of_workers_gives_the_same_bytes(tmp_path, image, capsys):
+    settings = UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, batch_norm=True)
+    model = model_file(tmp_path / "model.safetensors", settings)
+    digests = []
+    for number, extra in enumerate([[], ["--workers", 1], ["--workers", 2], ["--tile", "22"], ["--tile", "34,26,30"]]):
+        document = printed(capsys, "segment", image, "--model", model, "--name", f"n{number}", *extra)
+        assert document["blocks_run"] == document["blocks"] == 24
+        digests.append(tree_digest(image / "labels" / f"n{number}", without=("zarr.json",)))
+    assert all(digest == digests[0] for digest in digests)
+    assert len(digests[0]) == 24
+
+
+def test_a_scan_is_ingested_beside_itself(tmp_path, scan, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    document = printed(capsys, "segment", scan, "--model", model, "--name", "x")
+    assert document["labels"] == str(tmp_path / "scan.zarr" / "labels" / "x")
+    assert printed(capsys, "info", tmp_path / "scan.zarr")["labels"] == ["x"]
+    assert printed(capsys, "segment", scan, "--model", model, "--name", "x")["blocks_run"] == 0
+
+
+def test_plan_tells_what_segment_does_and_writes_nothing(tmp_path, image, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    before = tree_digest(tmp_path)
+    document = printed(capsys, "plan", image, "--model", model)
+    assert document["blocks"] == 24
+    assert document["halo_overhead"] > 1
+    assert tree_digest(tmp_path) == before
+
+
+def test_labels_are_ingested_and_evaluated_against_themselves(tmp_path, image, capsys):
+    truth = np.where(np.random.default_rng(0).random((20, 40, 50)) < 0.3, 0, 255).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "truth.tif", truth)
+    printed(capsys, "ingest", "--labels-of", image, "--name", "truth", tmp_path / "truth.tif")
+    figures = printed(capsys, "evaluate", image / "labels" / "truth", tmp_path / "truth.tif")
+    assert (figures["mean_dice"], figures["pixel_error"], figures["voxels"]) == (1.0, 0.0, 40_000)
+
+
+def test_tables_are_for_people_and_progress_is_not_on_stdout(image, capsys):
+    assert main(["info", str(image)]) == 0
+    out, _ = capsys.readouterr()
+    assert "20 x 40 x 50" in out
+
+
+def test_bad_scans_are_refused_and_nothing_is_written(tmp_path, scan, capsys):
+    image = tmp_path / "new.zarr"
+    assert "nothing.tif" in fails(capsys, "ingest", tmp_path / "nothing.tif", image)
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes(scan.read_bytes()[: scan.stat().st_size * 2 // 3])
+    assert "cut.tif" in fails(capsys, "ingest", cut, image)
+    prose = tmp_path / "prose.tif"
+    prose.write_text("this is no picture")
+    assert "prose.tif" in fails(capsys, "ingest", prose, image)
+    nan = tmp_path / "nan.npy"
+    np.save(nan, np.full((20, 20), np.nan, np.float32))
+    assert "finite" in fails(capsys, "ingest", nan, image)
+    assert "voxel size needs 3 numbers" in fails(capsys, "ingest", scan, image, "--voxel-size-um", "1,1")
+    assert not image.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert "holds other files" in fails(capsys, "ingest", scan, other)
+    assert [p.name for p in other.iterdir()] == ["notes.txt"]
+
+
+def test_another_scan_is_not_mixed_into_an_image(tmp_path, image, capsys):
+    before = tree_digest(image)
+    scan_file(tmp_path / "second.tif", (20, 40, 50), seed=1)
+    assert "must be of this scan" in fails(capsys, "ingest", tmp_path / "second.tif", image)
+    assert tree_digest(image) == before
+    assert printed(capsys, "ingest", tmp_path / "second.tif", image, "--overwrite")["complete"]
+    assert tree_digest(image) != before
+
+
+def test_labels_that_are_none_are_refused(tmp_path, image, capsys):
+    before = tree_digest(image)
+    np.save(tmp_path / "float.npy", np.zeros((20, 40, 50), np.float32))
+    np.save(tmp_path / "small.npy", np.zeros((20, 40, 49), np.uint8))
+    labels = ["ingest", "--labels-of", image, "--name", "x"]
+    assert "must be integers" in fails(capsys, *labels, tmp_path / "float.npy")
+    assert "the image's shape" in fails(capsys, *labels, tmp_path / "small.npy")
+    assert "label name" in fails(capsys, "ingest", "--labels-of", image, "--name", "../x", tmp_path / "small.npy")
+    assert tree_digest(image) == before
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path, image, capsys):
+    before = tree_digest(image)
+    rgb = model_file(tmp_path / "rgb.safetensors", UNetSettings(dims=3, in_channels=3, width=2, depth=1))
+    assert "channels" in fails(capsys, "segment", image, "--model", rgb, "--name", "x")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((tmp_path / "rgb.safetensors").read_bytes()[:-100])
+    assert "broken.safetensors" in fails(capsys, "segment", image, "--model", broken, "--name", "x")
+    assert "scan.tif" in fails(capsys, "segment", image, "--model", tmp_path / "scan.tif", "--name", "x")
+    assert "nothing" in fails(capsys, "segment", image, "--model", tmp_path / "nothing", "--name", "x")
+    flat = tmp_path / "flat.npy"
+    np.save(flat, np.random.default_rng(0).integers(0, 255, (40, 40)).astype(np.uint8))
+    volume = model_file(tmp_path / "volume.safetensors")
+    assert "3-D network needs a volume" in fails(capsys, "segment", flat, "--model", volume, "--name", "x")
+    assert not flat.with_suffix(".zarr").exists()
+    assert tree_digest(image) == before
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path, image, capsys):
+    model, before = model_file(tmp_path / "model.safetensors"), tree_digest(image)
+    segment = ["segment", image, "--model", model, "--name", "x"]
+    assert "smallest tile" in fails(capsys, *segment, "--budget", "100K")
+    assert "tile must be twice the halo" in fails(capsys, *segment, "--tile", "21")
+    assert "must fit the budget" in fails(capsys, *segment, "--tile", "22", "--budget", "60K")
+    assert "cluster must be" in fails(capsys, *segment, "--cluster", "nowhere")
+    for bad in (["--budget", "much"], ["--tile", "0"], ["--workers", "-1"], ["--no-such-thing"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(a) for a in (*segment, *bad)])
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert tree_digest(image) == before
+
+
+def test_an_unreachable_scheduler_is_refused_within_30_s(tmp_path, image, capsys):
+    model, before = model_file(tmp_path / "model.safetensors"), tree_digest(image)
+    begin = time.monotonic()
+    line = fails(capsys, "segment", image, "--model", model, "--name", "x", "--cluster", "tcp://127.0.0.1:9")
+    assert "tcp://127.0.0.1:9" in line
+    assert time.monotonic() - begin < 30
+    assert tree_digest(image) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, scan):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=False, capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mount.stderr.decode().strip()}")
+    command = [sys.executable, "-m", "pipeline.cli", "ingest", scan, small / "scan.zarr", "--shard", "16"]
+    try:
+        full = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert full.returncode == 1
+        assert [line for line in full.stderr.splitlines() if "full disk" in line and line.startswith("haloseg:")]
+        assert "Traceback" not in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([*command[:4], scan, tmp_path / "scan.zarr", "--shard", "16"], check=True, capture_output=True)
+        ours, theirs = tree_digest(small / "scan.zarr"), tree_digest(tmp_path / "scan.zarr")
+        assert ours == theirs
+    finally:
+        subprocess.run(["umount", small], check=True)

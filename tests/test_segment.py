@@ -1,0 +1,138 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from volumes import model_file, scan_file, tree_digest, whole_scan
+
+from pipeline.compute.runner import run_serial
+from pipeline.errors import QuarantineError, StoreError
+from pipeline.ingest import ingest
+from pipeline.plan import plan_segment
+from pipeline.segment import SegmentBlocks, segment
+from pipeline.store.arrays import open_array
+from pipeline.store.image import open_image
+from pipeline.store.labels import open_labels, published
+from pipeline.store.location import Location
+from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+
+CASES = {
+    "3-D same": ((45, 50, 37), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1)),
+    "3-D valid BatchNorm": ((33, 40, 20), UNetSettings(dims=3, width=2, depth=1, padding=Padding.VALID, batch_norm=True)),
+    "2-D valid": ((150, 131), UNetSettings(dims=2, width=2, depth=3, padding=Padding.VALID)),
+    "2-D same, 3 classes": (
+        (100, 77), UNetSettings(dims=2, width=3, depth=2, n_classes=3, padding=Padding.SAME, batch_norm=True)
+    ),
+    "2-D over a volume": ((5, 60, 41), UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME)),
+    "one voxel": ((1, 1), UNetSettings(dims=2, width=2, depth=2, padding=Padding.VALID)),
+    "smaller than the halo": ((3, 2, 4), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME)),
+}  # fmt: skip
+
+
+def prepared(tmp_path, shape, settings, **layout):
+    scan, image = tmp_path / "scan.npy", str(tmp_path / "scan.zarr")
+    voxels = scan_file(tmp_path / "scan.tif", shape)
+    np.save(scan, voxels)
+    ingest(str(scan), image, **layout)
+    return voxels, image, model_file(tmp_path / "model.safetensors", settings)
+
+
+@pytest.mark.parametrize(("shape", "settings"), CASES.values(), ids=CASES)
+def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, settings):
+    n = len(shape)
+    voxels, image, model = prepared(tmp_path, shape, settings, chunk=(16,) * n, shard=(32,) * n)
+    rule = closed_form_rule(settings)
+    smallest = rule.tile_shape(rule.stride)
+    expected = whole_scan(voxels[None], model, open_image(image).statistics)
+    for name, tile in (("chosen", None), ("smallest", smallest)):
+        plan = plan_segment(image, model=model, name=name, tile=tile, probabilities=True)
+        segment(plan, run=run_serial)
+        likely = open_image_array(image, f"probabilities/{name}/0")
+        assert np.abs(likely - expected).max() <= 1e-5
+        np.testing.assert_array_equal(open_labels(f"{image}/labels/{name}").array[:], expected.argmax(axis=0))
+    assert len(np.unique(expected.argmax(axis=0))) > 1 or expected[0].size < 50
+
+
+def open_image_array(image, path):
+    return open_array(Location(image) / path)[:]
+
+
+def test_a_run_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path):
+    _, image, model = prepared(tmp_path, (40, 50, 37), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    segment(plan_segment(image, model=model, name="undisturbed"), run=run_serial)
+    expected = tree_digest(f"{image}/labels/undisturbed", without=("zarr.json",))
+    n_blocks = len(plan_segment(image, model=model, name="x").grid)
+    for n_before in (0, 1, n_blocks // 2, n_blocks - 1):
+        name = f"stopped-{n_before}"
+        plan = plan_segment(image, model=model, name=name)
+        with pytest.raises(KeyboardInterrupt):
+            segment(plan, run=stopping_after(n_before))
+        assert name not in published(Location(image) / "labels")
+        with pytest.raises(StoreError, match="unfinished run"):
+            open_labels(f"{image}/labels/{name}")
+        done = segment(plan_segment(image, model=model, name=name), run=run_serial)
+        assert done.n_run == n_blocks - n_before
+        assert tree_digest(f"{image}/labels/{name}", without=("zarr.json",)) == expected
+
+
+def stopping_after(n_blocks):
+    """Return a runner that is interrupted after some blocks, in the middle of the next one's write."""
+
+    def run(work, indices, *, on_record):
+        indices = list(indices)
+        run_serial(work, indices[:n_blocks], on_record=on_record)
+        if isinstance(work, SegmentBlocks):
+            partial = work.labels / "c/0/0/0.0123456789abcdef.partial"
+            partial.write_bytes(b"half a shard")
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_a_killed_process_group_goes_on_where_it_was(tmp_path):
+    _, image, model = prepared(tmp_path, (64, 96, 96), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    command = [sys.executable, "-m", "pipeline.cli", "segment", image, "--model", model, "--json", "--workers", "2"]
+    subprocess.run([*command, "--name", "undisturbed"], check=True, capture_output=True)
+    victim = subprocess.Popen([*command, "--name", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
+    shards = Location(f"{image}/labels/killed/0/c")
+    deadline = time.monotonic() + 60
+    while len(list(shards.files())) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    n_before = sum(not key.endswith(".partial") for key in shards.files())
+    assert 20 <= n_before < 144
+    again = subprocess.run([*command, "--name", "killed"], check=True, capture_output=True, text=True)
+    assert json.loads(again.stdout)["blocks_kept"] == n_before
+    assert tree_digest(f"{image}/labels/killed") == tree_digest(f"{image}/labels/undisturbed")
+
+
+def test_blocks_that_fail_are_quarantined_and_a_rerun_does_those_alone(tmp_path):
+    _, image, model = prepared(tmp_path, (40, 40), CASES["2-D same, 3 classes"][1], chunk=(16,) * 2, shard=(16,) * 2)
+    chunk = next(path for path in (tmp_path / "scan.zarr" / "0" / "c").rglob("2") if path.is_file())
+    kept = chunk.read_bytes()
+    chunk.write_bytes(kept[:-40] + bytes(40))
+    with pytest.raises(QuarantineError, match="failed again and again"):
+        segment(plan_segment(image, model=model, name="x"), run=run_serial)
+    assert published(Location(image) / "labels") == []
+    n_done = len(plan_segment(image, model=model, name="x").done())
+    assert 0 < n_done < 9
+    chunk.write_bytes(kept)
+    assert segment(plan_segment(image, model=model, name="x"), run=run_serial).n_run == 9 - n_done
+
+
+def test_another_model_does_not_mix_into_the_same_labels(tmp_path):
+    _, image, model = prepared(tmp_path, (40, 40), CASES["2-D same, 3 classes"][1])
+    segment(plan_segment(image, model=model, name="x"), run=run_serial)
+    before = tree_digest(image)
+    other = model_file(tmp_path / "other.safetensors", CASES["2-D same, 3 classes"][1], seed=5)
+    with pytest.raises(StoreError, match="got another model"):
+        plan_segment(image, model=other, name="x")
+    assert tree_digest(image) == before
+    assert segment(plan_segment(image, model=model, name="x"), run=run_serial).n_run == 0
+    assert tree_digest(image) == before

@@ -1,0 +1,79 @@
+"""What the tests of whole verbs share: small scans, small networks, and the whole-scan oracle."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from pipeline.unet.model import Model, build, load_model, save_model
+
+from pipeline.store.statistics import Normalisation
+from pipeline.unet.network import UNet
+from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+
+
+def scan_file(path, shape, *, seed=0, dtype=np.uint8):
+    """Write a smooth random scan as TIFF and return its voxels."""
+    noise = np.random.default_rng(seed).normal(size=shape)
+    for axis in range(-min(len(shape), 3), 0):
+        noise = noise + np.roll(noise, 1, axis) + np.roll(noise, 2, axis)
+    voxels = np.clip(noise / noise.std() * 40 + 128, 0, 255).astype(dtype)
+    tifffile.imwrite(path, voxels, photometric="minisblack")
+    return voxels
+
+
+def model_file(path, settings=None, *, seed=0, **about):
+    """Write a model with random weights whose classes are about equally frequent, and return its path."""
+    settings = settings or UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, n_convs=1)
+    torch.manual_seed(seed)
+    network = UNet(settings).eval()
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+        size = settings.legal_size(4 * settings.stride + 2 * settings.loss)
+        logits = network(torch.randn(1, settings.in_channels, *(size,) * settings.dims))
+        middle = logits.flatten(2).median(dim=2).values[0]
+        network.head.bias -= middle
+    fields = {
+        "classes": tuple(f"class {i}" for i in range(settings.n_labels)),
+        "class_values": tuple(range(settings.n_labels)),
+        "normalisation": Normalisation.ZSCORE, "channels": tuple(map(str, range(settings.in_channels))),
+        "voxel_size_um": None, "rule": closed_form_rule(settings), "training": {}, "weights": network.state_dict(),
+    } | about  # fmt: skip
+    save_model(Model(settings=settings, **fields), path)
+    return str(path)
+
+
+def whole_scan(voxels, model_path, statistics):
+    """Return the probabilities of the network applied once to the whole mirrored scan, shape (classes, *spatial).
+
+    ``voxels`` has the shape (channels, *spatial); a 2-D network takes the slices of a volume one by one.
+    """
+    model = load_model(model_path)
+    if voxels.ndim - 1 > model.settings.dims:
+        slices = [whole_scan(voxels[:, z], model_path, statistics) for z in range(voxels.shape[1])]
+        return np.stack(slices, axis=1)
+    windows = [each.window(model.normalisation) for each in statistics]
+    scaled = np.stack([(c.astype(np.float64) - o) * s for c, (o, s) in zip(voxels, windows, strict=True)])
+    rule = model.rule
+    pad = [(0, 0)] + [
+        (h, -n % s + h) for n, s, h in zip(voxels.shape[1:], rule.stride, rule.halo, strict=True)
+    ]
+    network = build(model, "cpu")
+    with torch.inference_mode():
+        mirrored = torch.from_numpy(np.pad(scaled, pad, mode="reflect").astype(np.float32))
+        likely = network.probabilities(network(mirrored[None]))[0].numpy()
+    keep = tuple(slice(t, t + n) for n, t in zip(voxels.shape[1:], rule.trim, strict=True))
+    return likely[(slice(None), *keep)]
+
+
+def tree_digest(folder, *, without=()):
+    """Return the SHA-256 of every file below a folder, by name."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name not in without
+    }  # fmt: skip
