@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from pipeline.unet.model import Model, build, load_model, save_model
 
 from pipeline.store.statistics import Normalisation
+from pipeline.unet.model import Model, build, load_model, save_model
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 
@@ -18,7 +18,7 @@ def scan_file(path, shape, *, seed=0, dtype=np.uint8):
     noise = np.random.default_rng(seed).normal(size=shape)
     for axis in range(-min(len(shape), 3), 0):
         noise = noise + np.roll(noise, 1, axis) + np.roll(noise, 2, axis)
-    voxels = np.clip(noise / noise.std() * 40 + 128, 0, 255).astype(dtype)
+    voxels = np.clip(noise / max(noise.std(), 1e-9) * 40 + 128, 0, 255).astype(dtype)
     tifffile.imwrite(path, voxels, photometric="minisblack")
     return voxels
 

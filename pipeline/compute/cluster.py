@@ -1,5 +1,8 @@
 """The runner on Dask workers: processes of this machine, started for the run, or those of a cluster that is there."""
 
+# distributed is typed in parts only
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import asyncio
@@ -15,7 +18,9 @@ from uuid import uuid4
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
+from distributed.comm.core import connect
+from distributed.utils import LoopRunner
 
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, RunBlocks, cause_of
@@ -69,14 +74,15 @@ class DaskRunner:
             self.client.register_plugin(plugin, name=name)
         except Exception as error:
             raise ClusterError(
-                f"every worker must have this haloseg installed, got {cause_of(error)}; install the same version on all"
+                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live and "
+                "have the same haloseg installed"
             ) from error
         try:
             yield
         finally:
             if self.client.status == "running":
                 with suppress(Exception):  # a worker that dies now takes its copy with it
-                    self.client.unregister_worker_plugin(name)  # type: ignore[no-untyped-call]
+                    self.client.unregister_worker_plugin(name)
 
 
 @contextmanager
@@ -117,7 +123,7 @@ def _local_client(n_workers: int) -> Iterator[Client]:
         _kept_environment(),
         dask.config.set(settings),
         _started(n_workers) as cluster,
-        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+        Client(cluster, set_as_default=False) as client,
     ):
         try:
             yield client
@@ -134,7 +140,7 @@ def _started(n_workers: int) -> LocalCluster:
     resource_tracker.ensure_running()  # it unblocks the signal in the thread that first needs it (CPython, all of 3.x)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
-        return LocalCluster(  # type: ignore[no-untyped-call]
+        return LocalCluster(
             n_workers=n_workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         )  # fmt: skip
@@ -151,7 +157,8 @@ async def _kill_workers(cluster: LocalCluster) -> None:
 def _remote_client(address: str) -> Iterator[Client]:
     """Connect to a scheduler that has at least one worker."""
     try:
-        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)  # type: ignore[no-untyped-call]
+        LoopRunner().run_sync(_shake_hands, address)
+        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
     except Exception as error:
         raise ClusterError(
             f"a Dask scheduler must answer at {address} within {CONNECT_TIMEOUT_S:g} s, got {cause_of(error)}; "
@@ -166,6 +173,13 @@ def _remote_client(address: str) -> Iterator[Client]:
                 f"start some: dask worker {address} --nthreads 1"
             ) from error
         yield client
+
+
+async def _shake_hands(address: str) -> None:
+    """Connect once within the time limit: Client waits for ever on a peer that is mute (distributed 2026.8)."""
+    arguments = Security().get_connection_args("client")
+    comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT_S, **arguments), CONNECT_TIMEOUT_S)
+    comm.abort()
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Window: a run's blocks on a Dask cluster, a few per worker at a time, until every one is done or quarantined."""
 
+# distributed is typed in parts only
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import asyncio
@@ -70,7 +73,7 @@ class Window:
         """Cancel what is still in flight, which is nothing unless the run is being left by an error."""
         if self._in_flight:
             with suppress(Exception):  # a cluster that is gone has nothing to cancel, and the cause is on its way up
-                self._client.cancel(list(self._in_flight), force=True)  # type: ignore[no-untyped-call]
+                self._client.cancel(list(self._in_flight), force=True)
         self._in_flight.clear()
 
     def run(self, indices: Iterable[int]) -> tuple[Quarantined, ...]:
@@ -107,7 +110,7 @@ class Window:
             workers=sorted(others) or None, allow_other_workers=bool(others),
         )  # fmt: skip
         self._in_flight[future] = task
-        future.add_done_callback(self._finished.put)  # type: ignore[no-untyped-call]
+        future.add_done_callback(self._finished.put)
 
     def _next_finished(self) -> Future[Outcome] | None:
         with suppress(Empty):
@@ -125,7 +128,7 @@ class Window:
                 raise outcome.error
             case KilledWorker():
                 self._suspect(task, n_deaths=outcome.allowed_failures + 1)
-            case concurrent.futures.CancelledError() | asyncio.CancelledError():
+            case concurrent.futures.CancelledError() | asyncio.CancelledError() | OSError():
                 raise RunError(
                     "the Dask scheduler must live as long as the run, got blocks that it lost or cancelled; what is "
                     "done is kept, start the scheduler and run the same command again"

@@ -19,11 +19,18 @@ N_WORKERS = 2
 
 
 @pytest.fixture(scope="module")
-def run():
+def runner():
     before = dict(os.environ)
     with open_runner(n_workers=N_WORKERS) as runner:
         yield runner
     assert dict(os.environ) == before
+
+
+@pytest.fixture
+def run(runner):
+    """Return the runner with all its workers, also after a test that killed some."""
+    runner.client.wait_for_workers(N_WORKERS, timeout=30)
+    return runner
 
 
 def files(folder: Path, kind: str) -> dict[str, bytes]:
@@ -158,9 +165,9 @@ def test_workers_share_the_cores(run, tmp_path):
 
 def test_a_cluster_that_was_started_for_the_run_is_gone_after_it(tmp_path):
     before = set(psutil.Process().children(recursive=True))
-    with open_runner(n_workers=1) as runner:
-        assert isinstance(runner, DaskRunner)
-        runner(Scripted(str(tmp_path)), range(3), on_record=lambda _: None)
+    with open_runner(n_workers=1) as own:
+        assert isinstance(own, DaskRunner)
+        own(Scripted(str(tmp_path)), range(3), on_record=lambda _: None)
         (pid,) = {int(each) for each in files(tmp_path, "setups").values()}
     assert not psutil.pid_exists(pid)
     left = {each for each in psutil.Process().children(recursive=True) if "resource_tracker" not in str(each.cmdline())}

@@ -1,0 +1,121 @@
+"""The formats that can be read, one line each, and the choice among them by content where that is cheap.
+
+A reader is a function ``open(path: str, /) -> LazyScan``, named as "module:function" (or a static method), imported
+when a scan needs it, so that no format costs those who do not use it anything, and the Zarr reader may live beside the
+other uses of zarr.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+
+from pipeline.errors import ScanError
+from pipeline.scans.lazy import LazyScan, damage_named
+
+_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+_PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+def is_zarr(path: str) -> bool:
+    """Whether this is a URL or a Zarr folder."""
+    return "://" in path or path.rstrip("/").endswith(".zarr") or any((Path(path) / f).exists() for f in _ZARR_FILES)
+
+
+def is_tiff(path: str) -> bool:
+    """Whether this is a TIFF file, or calls itself one."""
+    return _start(path).startswith(_TIFF_MAGIC) or Path(path).suffix.lower() in {".tif", ".tiff", ".svs"}
+
+
+def is_picture(path: str) -> bool:
+    """Whether this is a PNG or JPEG file."""
+    return _start(path).startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+
+
+def is_hdf5(path: str) -> bool:
+    """Whether this names a dataset, or is an HDF5 file or calls itself one."""
+    return "::" in path or _start(path) == _HDF5_MAGIC or Path(path).suffix.lower() in {".h5", ".hdf5"}
+
+
+def is_npy(path: str) -> bool:
+    """Whether this is a NumPy file, or calls itself one."""
+    return _start(path).startswith(b"\x93NUMPY") or Path(path).suffix.lower() == ".npy"
+
+
+def is_slices(path: str) -> bool:
+    """Whether this is a folder with pictures, or a glob."""
+    folder = Path(path)
+    if folder.is_dir():
+        return any(p.suffix.lower() in _PICTURES for p in folder.iterdir())
+    return not folder.exists() and glob.has_magic(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of scan: its name, whether a path is one, and "module:function" of its reader."""
+
+    name: str
+    claims: Callable[[str], bool]
+    reader: str
+
+    def open(self, path: str) -> LazyScan:
+        """Return the scan at ``path``."""
+        module, _, function = self.reader.partition(":")
+        opened: LazyScan = attrgetter(function)(import_module(module))(path)
+        return opened
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:ZarrReader.open"),
+    Format("HDF5 (FILE.h5::DATASET)", is_hdf5, "pipeline.scans.hdf5:open_hdf5"),
+    Format("a folder or glob of PNG, JPEG or TIFF slices", is_slices, "pipeline.scans.slices:open_slices"),
+    Format("PNG or JPEG", is_picture, "pipeline.scans.pictures:open_picture"),
+    Format("NumPy (.npy)", is_npy, "pipeline.scans.npy:open_npy"),
+    Format("TIFF (OME, BigTIFF, ImageJ, SVS)", is_tiff, "pipeline.scans.tiff:open_tiff"),
+)
+
+
+def format_of(path: str) -> Format:
+    """Return the format that reads ``path``.
+
+    Raises
+    ------
+    ScanError : nothing is there, or nothing that can be read; the message lists what can.
+    """
+    on_disk = path.partition("::")[0]
+    if "://" not in path and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
+        raise ScanError(f"a scan must exist, got {path}; check the path")
+    for candidate in FORMATS:
+        if candidate.claims(path):
+            return candidate
+    readable = "; ".join(f.name for f in FORMATS)
+    raise ScanError(f"a scan must be of a kind that can be read, got {path}; convert it to one of: {readable}")
+
+
+def open_lazy(path: str) -> LazyScan:
+    """Return the scan at ``path``, whatever its format.
+
+    Raises
+    ------
+    ScanError : no scan is there, or it is damaged, in one line.
+    """
+    try:
+        chosen = format_of(path)
+        with damage_named(path):
+            return chosen.open(path)
+    except OSError as error:
+        raise ScanError(f"a scan must be readable, got {path}: {error.strerror or error}; check the file") from error
+
+
+def _start(path: str) -> bytes:
+    """Return the first bytes of a file; none of what is not a file."""
+    if not Path(path).is_file():
+        return b""
+    with Path(path).open("rb") as file:
+        return file.read(8)

@@ -1,0 +1,147 @@
+"""SegmentSource: voxels of a TIFF that lie in tiles or strips; only those that a slice touches are read and decoded.
+
+Every page is seen along five axes: separate samples, depth, length, width, contiguous samples. A segment (tile or
+strip) covers a box of them, and segments are numbered in C order over the first four:
+
+    |-- width --|-----------|----|
+    |  segment 0|     1     | 2  |    length; the last ones may reach outside the page
+    |     3     |     4     | 5  |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.scans.cache import DECODED
+from pipeline.scans.lazy import damaged
+
+Decode = Callable[..., tuple[NDArray[Any] | None, tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Where the segments of one page lie in the file, in bytes, and what their decoder needs besides."""
+
+    offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    decode: Decode
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSource:
+    """The pages of one image; see VoxelSource.
+
+    Attributes
+    ----------
+    shape : voxels along each axis of the image
+    places : for each axis of the image the page's axis (0 to 4), or None if it counts pages
+    page_shape, segment_shape : voxels along the page's five axes
+    nodata : what a segment that was never written shows
+    stamp : what the file was when it was opened; decoded segments are remembered under it
+    reopen : function that makes this source again from its path, in another process
+    """
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    places: tuple[int | None, ...]
+    page_shape: tuple[int, ...]
+    segment_shape: tuple[int, ...]
+    pages: tuple[Page, ...]
+    nodata: float
+    stamp: tuple[int, int]
+    reopen: Callable[[str], Any]
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return self.reopen, (self.path,)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """What can be read alone: a page along the axes that count pages, a segment along the others."""
+        return tuple(
+            1 if p is None else min(self.segment_shape[p], n) for p, n in zip(self.places, self.shape, strict=True)
+        )
+
+    def read(self, slices: tuple[slice, ...], /) -> NDArray[Any]:
+        """Return the voxels under the slices."""
+        lengths = tuple(s.stop - s.start for s in slices)
+        inside = [slice(0, 1)] * 5
+        for place, part in zip(self.places, slices, strict=True):
+            if place is not None:
+                inside[place] = part
+        pages = self._page_numbers(slices)
+        voxels = np.empty((len(pages), *(s.stop - s.start for s in inside)), self.dtype)
+        with Path(self.path).open("rb", buffering=0) as file:
+            for number, target in zip(pages, voxels, strict=True):
+                for segment in self._touched(inside):
+                    self._paste(target, self._decoded(file, page=number, segment=segment), inside=inside)
+        return voxels.reshape(lengths)
+
+    def check_first(self) -> None:
+        """Decode the first segment that was written, so that a file of unknown compression fails here."""
+        with Path(self.path).open("rb", buffering=0) as file:
+            for segment, count in enumerate(self.pages[0].counts):
+                if count:
+                    self._decoded(file, page=0, segment=segment)
+                    return
+
+    def _page_numbers(self, slices: tuple[slice, ...]) -> list[int]:
+        """Return the pages under the slices; pages are in C order over the axes that count them."""
+        counting = [(s, n) for s, n, p in zip(slices, self.shape, self.places, strict=True) if p is None]
+        numbers = [0]
+        for part, size in counting:
+            numbers = [number * size + i for number in numbers for i in range(part.start, part.stop)]
+        return numbers
+
+    def _touched(self, inside: list[slice]) -> Iterator[int]:
+        """Yield the segments of a page that a box touches."""
+        grid = [math.ceil(n / s) for n, s in zip(self.page_shape[:4], self.segment_shape[:4], strict=True)]
+        spans = [
+            range(part.start // s, (part.stop - 1) // s + 1)
+            for part, s in zip(inside[:4], self.segment_shape[:4], strict=True)
+        ]
+        for s, d, y, x in product(*spans):
+            yield ((s * grid[1] + d) * grid[2] + y) * grid[3] + x
+
+    def _decoded(self, file: BinaryIO | Any, *, page: int, segment: int) -> tuple[NDArray[Any], tuple[int, ...]]:  # noqa: ANN401
+        """Return one segment (depth, length, width, contiguous samples) and where it starts in the page."""
+        what = self.pages[page]
+        if not what.counts[segment]:
+            _, start, shape = what.decode(None, segment, **what.options)
+            return np.full(shape, self.nodata, self.dtype), start
+
+        def make() -> NDArray[Any]:
+            file.seek(what.offsets[segment])
+            data = file.read(what.counts[segment])
+            if len(data) < what.counts[segment]:
+                raise damaged(self.path, cause=f"page {page} ends in the middle of segment {segment}")
+            voxels = what.decode(data, segment, **what.options)[0]
+            if voxels is None:
+                raise damaged(self.path, cause=f"segment {segment} of page {page} holds no voxels")
+            return voxels
+
+        _, start, _ = what.decode(None, segment, **what.options)
+        return DECODED.get((self.path, self.stamp, page, segment), make), start
+
+    def _paste(
+        self, target: NDArray[Any], decoded: tuple[NDArray[Any], tuple[int, ...]], *, inside: list[slice]
+    ) -> None:
+        """Copy what a segment and a box have in common into the box."""
+        voxels, start = decoded
+        into, part = [], []
+        for axis, wanted in enumerate(inside):
+            first = start[axis]
+            stop = min(first + (1, *voxels.shape)[axis], self.page_shape[axis], wanted.stop)
+            begin = max(first, wanted.start)
+            into.append(slice(begin - wanted.start, stop - wanted.start))
+            part.append(slice(begin - first, stop - first))
+        target[tuple(into)] = voxels[np.newaxis][tuple(part)]

@@ -1,0 +1,173 @@
+"""Predictor: a block's classes, tile by tile, as one pass over the whole scan would give them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import ArgumentError, BudgetError
+from pipeline.geometry.box import Box
+from pipeline.geometry.tiles import TileRule
+from pipeline.unet.network import UNet, classes_of
+
+log = logging.getLogger("haloseg")
+
+
+class Predictor:
+    """Runs a network over blocks by overlapping tiles; neither tiles nor their order change the result.
+
+        |hhhh|ccccccccccccccccc|hhhh|     a block as read: core, rounded up to the stride, and mirrored halo
+        |hhhh|cccccc|hhhh|                tiles: each enters the network, its core leaves it
+               |hhhh|cccccc|hhhh|
+
+    Parameters
+    ----------
+    network : in eval mode, on ``device``
+    rule : along the network's axes
+    windows : (offset, scale) of each channel; the network sees ``(intensity - offset) * scale`` in float32
+    tile_shape : what enters the network, voxels along its axes; see ``choose_tile``
+    device : "cpu" or "cuda"
+    n_slices : slices that enter at once where a 2-D network runs over a volume
+    """
+
+    def __init__(
+        self, network: UNet, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
+        tile_shape: tuple[int, ...], device: str, n_slices: int = 1,
+    ) -> None:
+        settings = network.settings
+        if len(windows) != settings.in_channels or not rule.ndim == len(tile_shape) == settings.dims:
+            raise ArgumentError(
+                f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {windows}, {rule} and "
+                f"tile {tile_shape}; give the model's own"
+            )
+        if network.training or n_slices < 1:
+            raise ArgumentError(
+                f"a predictor needs a network in eval mode and at least one slice, got training={network.training} and "
+                f"n_slices={n_slices}; call eval()"
+            )
+        self.network, self.rule, self.windows, self.device = network, rule, windows, torch.device(device)
+        self.core_shape, self.n_slices = rule.core_shape(tile_shape), n_slices
+
+    def segment(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return the classes of a block, uint8 of ``core_shape``.
+
+        Parameters
+        ----------
+        raw : shape (channels, *tile), any integers or floats: the block's core, rounded up to the stride, and its
+            mirrored halo, as ``read_mirrored`` gives it for ``Block.tile``
+        core_shape : the clipped core; one axis more than the network's where it runs slice by slice
+
+        Raises
+        ------
+        BudgetError : the device has not the memory for the smallest tile.
+        """
+        classes = np.empty(core_shape, np.uint8)
+        self._fill(raw, classes, None)
+        return classes
+
+    def segment_with_probabilities(
+        self, raw: NDArray[Any], core_shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return the classes of a block as ``segment`` does, and float32 probabilities (n_classes, *core_shape)."""
+        classes = np.empty(core_shape, np.uint8)
+        probabilities = np.empty((self.network.settings.n_classes, *core_shape), np.float32)
+        self._fill(raw, classes, probabilities)
+        return classes, probabilities
+
+    def _fill(
+        self, raw: NDArray[Any], classes: NDArray[np.uint8], probabilities: NDArray[np.float32] | None
+    ) -> None:
+        """Fill the outputs; what a pass that ran out of device memory has left is written again."""
+        rule = self.rule.over_slices() if classes.ndim == self.rule.ndim + 1 else self.rule
+        self._check(raw, rule=rule, core_shape=classes.shape)
+        while not self._pass(raw, rule, classes, probabilities):
+            self._halve(slices=rule.ndim > self.rule.ndim)
+
+    def _check(self, raw: NDArray[Any], *, rule: TileRule, core_shape: tuple[int, ...]) -> None:
+        if len(core_shape) != rule.ndim or raw.shape != (len(self.windows), *rule.tile_shape(core_shape)):
+            raise ArgumentError(
+                f"a block of core {core_shape} needs voxels of shape {len(self.windows)} channels and its tile for "
+                f"{rule}, got {raw.shape}; read Block.tile"
+            )
+        if raw.dtype.kind not in "buif":
+            raise ArgumentError(f"intensities must be integers or floats, got {raw.dtype}; convert the scan")
+
+    def _pass(
+        self, raw: NDArray[Any], rule: TileRule, classes: NDArray[np.uint8], probabilities: NDArray[np.float32] | None
+    ) -> bool:
+        """Fill the outputs once; returns False where the device ran out of memory."""
+        largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
+        try:
+            with torch.inference_mode(), _exact():
+                for core in rule.cores(classes.shape, largest):
+                    likely = self._tile(raw, core, rule)
+                    best = classes_of(likely, self.network.settings.head)
+                    classes[core.slices] = _to_scan(best[:, None], core)[0]
+                    if probabilities is not None:
+                        probabilities[(slice(None), *core.slices)] = _to_scan(likely, core)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _tile(self, raw: NDArray[Any], core: Box, rule: TileRule) -> Tensor:
+        """Return the probabilities of one core, shape (slices or 1, classes, *network's axes)."""
+        tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
+        x = self._normalised(raw[(slice(None), *tile.slices)])
+        x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
+        logits = self.network(x)
+        inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)
+        for axis, (trim, n) in enumerate(inner, start=2):
+            logits = logits.narrow(axis, trim, n)
+        return self.network.probabilities(logits)
+
+    def _normalised(self, raw: NDArray[Any]) -> Tensor:
+        """Return ``(raw - offset) * scale`` as float32; what float32 cannot hold is subtracted in float64."""
+        fits = raw.dtype.itemsize <= 2 or raw.dtype == np.float32
+        wide = torch.float32 if fits else torch.float64
+        x = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("="))).to(self.device).to(wide)
+        offset, scale = torch.tensor(self.windows, dtype=wide, device=self.device).unbind(1)
+        shape = (-1,) + (1,) * (raw.ndim - 1)
+        return ((x - offset.reshape(shape)) * scale.reshape(shape)).to(torch.float32)
+
+    def _halve(self, *, slices: bool) -> None:
+        """Take fewer slices at once, or halve the core along its longest axis, for all that follows."""
+        units = [c // s for c, s in zip(self.core_shape, self.rule.stride, strict=True)]
+        if slices and self.n_slices > 1:
+            self.n_slices //= 2
+        elif max(units) > 1:
+            longest = units.index(max(units))
+            units[longest] //= 2
+            self.core_shape = tuple(u * s for u, s in zip(units, self.rule.stride, strict=True))
+        else:
+            least = self.rule.tile_shape(self.core_shape)
+            raise BudgetError(
+                f"the device needs memory for the smallest tile {least}, got out of memory; free it or use --device cpu"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of device memory: tiles of core %s from now on, same result", self.core_shape)
+
+
+def _to_scan(values: Tensor, core: Box) -> NDArray[Any]:
+    """Return (slices or 1, channels, *network's axes) as (channels, *core) on the CPU."""
+    moved: NDArray[Any] = values.transpose(0, 1).reshape(values.shape[1], *core.shape).cpu().numpy()
+    return moved
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Compute in full float32 and by algorithms that give the same bits each time."""
+    was = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = was

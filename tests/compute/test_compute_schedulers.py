@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from compute_works import Scripted
+
+from pipeline.compute import cluster
+from pipeline.compute.cluster import open_runner
+from pipeline.compute.runner import run_serial
+from pipeline.errors import ClusterError, RunError
+
+
+class Processes:
+    """A real scheduler and its workers on the loopback device."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = folder / "scheduler.json"
+        self._all: list[subprocess.Popen[bytes]] = []
+        self.scheduler = self._start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", self._file)
+        until = time.monotonic() + 30
+        while not self._file.exists() or not self._file.read_text():
+            assert time.monotonic() < until, "no scheduler"
+            time.sleep(0.05)
+        self.address = json.loads(self._file.read_text())["address"]
+
+    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+        where = ("--local-directory", self._folder, "--no-dashboard", "--memory-limit", "0")
+        return self._start("worker", self.address, *where, *options)
+
+    def _start(self, what: str, *options: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--host", "127.0.0.1", *map(str, options)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._all.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in reversed(self._all):
+            for each in (*children(process), process):
+                each.kill()
+            process.wait(30)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+
+
+@contextmanager
+def processes(folder: Path):
+    started = Processes(folder)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def blocks(folder: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in (folder / "blocks").iterdir()}
+
+
+def spans(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return per worker process when it was busy, in order."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for each in (folder / "spans").iterdir():
+        begin, end = map(float, each.read_text().split())
+        found.setdefault(each.name.partition("-")[0], []).append((begin, end))
+    return {pid: sorted(of) for pid, of in found.items()}
+
+
+def overlaps(of: list[tuple[float, float]]) -> bool:
+    return any(begin < end for (_, end), (begin, _) in pairwise(of))
+
+
+@pytest.mark.parametrize("options", [("--nthreads", "4", "--resources", "GPU=1"), ("--nthreads", "4")])
+def test_a_cluster_that_is_there_runs_one_block_at_a_time_on_each_worker(tmp_path, options):
+    with processes(tmp_path) as started:
+        for _ in range(2):
+            started.worker(*options)
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            run.client.wait_for_workers(2, timeout=30)
+            records = []
+            assert run(Scripted(str(tmp_path / "dask"), sleep_s=0.03), range(24), on_record=records.append) == ()
+        run_serial(Scripted(str(tmp_path / "serial")), range(24), on_record=lambda _: None)
+        assert sorted(record.index for record in records) == list(range(24))
+        assert blocks(tmp_path / "dask") == blocks(tmp_path / "serial")
+        busy = spans(tmp_path / "dask")
+        assert len(busy) == 2
+        assert not any(overlaps(of) for of in busy.values())
+
+
+def test_blocks_go_to_gpu_workers_alone_where_there_are_any(tmp_path):
+    with processes(tmp_path) as started:
+        started.worker("--nthreads", "1")
+        started.worker("--nthreads", "1", "--resources", "GPU=1")
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            run.client.wait_for_workers(2, timeout=30)
+            acts = ((3, "fail twice"),)
+            assert run(Scripted(str(tmp_path), acts), range(12), on_record=lambda _: None) == ()
+            every = run.client.scheduler_info()["workers"]
+            (gpu,) = [address for address, each in every.items() if each["resources"]]
+            pid = run.client.run(os.getpid)[gpu]
+        assert list(spans(tmp_path)) == [str(pid)]
+
+
+def test_a_worker_that_joins_during_the_run_takes_blocks(tmp_path):
+    with processes(tmp_path) as started:
+        started.worker("--nthreads", "1")
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            seen = []
+
+            def on_record(record):
+                seen.append(record.index)
+                if len(seen) == 1:
+                    started.worker("--nthreads", "1")
+                    run.client.wait_for_workers(2, timeout=30)
+
+            assert run(Scripted(str(tmp_path), sleep_s=0.1), range(40), on_record=on_record) == ()
+        assert sorted(seen) == list(range(40))
+        assert len(spans(tmp_path)) == 2
+
+
+def test_a_dead_scheduler_ends_the_run_in_one_line(tmp_path):
+    with processes(tmp_path) as started:
+        started.worker("--nthreads", "1")
+        begin = time.monotonic()
+        rule = r"^the Dask scheduler must live as long as the run, .* start the scheduler and run the same command"
+        with pytest.raises(RunError, match=rule), open_runner(cluster=started.address, n_workers=1) as run:
+            run(Scripted(str(tmp_path), sleep_s=0.05), range(1000), on_record=lambda _: started.scheduler.kill())
+        assert time.monotonic() - begin < 20
+
+
+def test_a_run_that_loses_every_worker_ends(tmp_path):
+    with processes(tmp_path) as started:
+        worker = started.worker("--nthreads", "1", "--no-nanny")
+        rule = r"^a run needs at least one worker, got none for 1 s; what is done is kept, start workers and run"
+        with (
+            pytest.raises(RunError, match=rule),
+            open_runner(cluster=started.address, n_workers=1, worker_timeout_s=1) as run,
+        ):
+            run(Scripted(str(tmp_path), sleep_s=0.05), range(1000), on_record=lambda _: worker.kill())
+
+
+def test_a_scheduler_without_workers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "FIRST_WORKER_TIMEOUT_S", 0.5)
+    with processes(tmp_path) as started:
+        rule = r"^the scheduler at tcp://\S+ must have a worker within 0.5 s, got none; start some: dask worker tcp://"
+        with pytest.raises(ClusterError, match=rule), open_runner(cluster=started.address, n_workers=1):
+            pytest.fail("opened")
+
+
+PROGRAM = """
+import sys
+from compute_works import Scripted
+from pipeline.compute.cluster import open_runner
+from pipeline.errors import PipelineError
+
+if __name__ == "__main__":
+    try:
+        with open_runner(cluster=sys.argv[1], n_workers=2) as run:
+            run(Scripted(sys.argv[2], sleep_s=float(sys.argv[3])), range(1000), on_record=lambda _: None)
+    except (PipelineError, KeyboardInterrupt) as error:
+        print(type(error).__name__, error, file=sys.stderr)
+"""
+
+
+@contextmanager
+def program(folder: Path, address: str, *, sleep_s: float):
+    """Run the program in a process group of its own, as a shell does."""
+    (folder / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-W", "error", str(folder / "program.py"), address, str(folder), str(sleep_s)]
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=where)
+    try:
+        yield process
+    finally:
+        for each in (*children(process), process):
+            each.kill()
+        process.communicate()
+
+
+def began(folder: Path, *, n_workers: int) -> list[int]:
+    """Wait until the workers run their first blocks; return their process ids."""
+    until = time.monotonic() + 30
+    while len(found := list((folder / "attempts").glob("*"))) < n_workers or not all(p.read_text() for p in found):
+        assert time.monotonic() < until, "no block began"
+        time.sleep(0.05)
+    return sorted({int(each.read_text()) for each in found})
+
+
+def test_a_scheduler_that_is_not_there_or_mute_is_said_in_one_line(tmp_path):
+    (tmp_path / "mute").mkdir()
+    with socket.socket() as unused, socket.socket() as mute:
+        unused.bind(("127.0.0.1", 0))
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        addresses = [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in (unused, mute)]
+        begin = time.monotonic()
+        with (
+            program(tmp_path, addresses[0], sleep_s=0) as first,
+            program(tmp_path / "mute", addresses[1], sleep_s=0) as second,
+        ):
+            said = [each.communicate(timeout=60)[1] for each in (first, second)]
+    assert time.monotonic() - begin < 30
+    for address, line in zip(addresses, said, strict=True):
+        assert line.startswith(f"ClusterError a Dask scheduler must answer at {address} within 10 s, got ")
+        assert line.endswith("; start it or mend the address\n")
+        assert line.count("\n") == 1
+
+
+def test_ctrl_c_ends_run_and_workers_quickly_without_noise(tmp_path):
+    with program(tmp_path, "local", sleep_s=60) as process:
+        workers = began(tmp_path, n_workers=2)
+        begin = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - begin < 3
+        assert said == "KeyboardInterrupt \n"
+        assert len(workers) == 2
+        assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
+def test_workers_die_with_a_process_that_is_killed(tmp_path):
+    with program(tmp_path, "local", sleep_s=60) as process:
+        workers = [psutil.Process(pid) for pid in began(tmp_path, n_workers=2)]
+        process.kill()
+        process.wait()
+        gone, alive = psutil.wait_procs(workers, timeout=10)
+        assert len(gone) == 2
+        assert not alive
