@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from flows.segment import segment_scan
-from pipeline.commands import evaluated
 from pipeline.ingest import ingest_labels
 from pipeline.report import picture
 from pipeline.store.image import open_image
@@ -36,7 +35,7 @@ def demo(folder: str) -> dict[str, Any]:
     return {
         "voxels": result.n_voxels, "blocks": result.n_blocks, "blocks_run": result.n_run,
         "voxels_per_s": result.n_voxels * result.n_run / result.n_blocks / result.wall_s,
-        "peak_rss_bytes": result.peak_rss_bytes, **evaluated(figures),
+        "peak_rss_bytes": result.peak_rss_bytes, **(figures.to_json() if figures else {}),
         "labels": str(result.labels.location), "picture": f"{drawn} (image, truth, labels)",
         "next": f"haloseg info {image}; haloseg segment YOUR_SCAN --model {model} --name interior",
     }  # fmt: skip

@@ -116,8 +116,8 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
         ("peak memory of a worker", f"{result.peak_rss_bytes / 2**20:.0f} MiB"),
     ]  # fmt: skip
     if figures is not None:
-        named = zip(figures.classes, figures.figures.dice, strict=True)
-        rows += [("accuracy", f"{figures.figures.accuracy:.4f}"), *((f"Dice of {n}", f"{d:.4f}") for n, d in named)]
+        named = zip(figures.classes, figures.figures.classes, strict=True)
+        rows += [("accuracy", f"{figures.figures.accuracy:.4f}"), *((f"Dice of {n}", f"{c.dice:.4f}") for n, c in named)]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     data = base64.b64encode(png).decode()
     return f"# Segmentation\n\n| | |\n|---|---|\n{table}\n\n![labels over image](data:image/png;base64,{data})\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
-from math import isnan
 from pkgutil import resolve_name
 from typing import Any
 
@@ -91,28 +90,8 @@ def evaluate(args: Namespace) -> Document:
     """Compare labels with the truth."""
     with bars(shown=True) as watch:
         result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
-    return evaluated(result)
-
-
-def evaluated(result: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
-    """Return the figures of an evaluation as a document; what is undefined is null."""
-    figures = result.figures
-    per_class = [
-        {
-            "class": name, "value": value, "dice": _number(figures.dice[i]), "jaccard": _number(figures.jaccard[i]),
-            "precision": _number(figures.precision[i]), "recall": _number(figures.recall[i]),
-        }
-        for i, (name, value) in enumerate(zip(result.classes, result.values, strict=True))
-    ]  # fmt: skip
-    return {
-        "voxels": result.n_voxels,
-        "mean_dice": _number(figures.mean_dice), "mean_jaccard": _number(figures.mean_jaccard),
-        "accuracy": _number(figures.accuracy), "pixel_error": _number(figures.pixel_error), "classes": per_class,
-    }  # fmt: skip
-
-
-def _number(figure: float) -> float | None:
-    return None if isnan(figure) else float(figure)
+    document: Document = result.to_json()
+    return document
 
 
 def _described(path: str) -> Document:

@@ -37,6 +37,13 @@ class Evaluated:
     n_voxels: int
     figures: Figures
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object; what is 0/0 is null."""
+        document = self.figures.to_json()
+        named = zip(self.classes, self.values, document.pop("classes"), strict=True)
+        per_class = [{"class": name, "value": value} | each for name, value, each in named]
+        return {"voxels": self.n_voxels} | document | {"classes": per_class}
+
 
 @dataclass(frozen=True, slots=True)
 class Volume:

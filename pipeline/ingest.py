@@ -105,7 +105,9 @@ def ingest_labels(
     scan: str, *, image: str, name: str, run: RunBlocks = run_serial, watch: Watcher = UNWATCHED
 ) -> Labels:
     """Make the label volume ``name`` of an image from any scan of integers of the image's shape."""
-    array, of = open_scan(scan), open_image(image)
+    of = open_image(image)
+    target = label_location(of.location, name)
+    array = open_scan(scan)
     shape = tuple(array.sizes[d] for d in _spatial(array))
     if array.dtype.kind not in "iub":
         raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
@@ -113,7 +115,7 @@ def ingest_labels(
         got = tuple(array.sizes.values())
         raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; pad or crop them")
     labels = Labels(
-        label_location(of.location, name), of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
+        target, of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
         identity(scan, array), provenance={"made_by": "haloseg ingest"},
     )  # fmt: skip
     check_same_run(labels)

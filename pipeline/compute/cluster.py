@@ -74,8 +74,8 @@ class DaskRunner:
             self.client.register_plugin(plugin, name=name)
         except Exception as error:
             raise ClusterError(
-                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live and "
-                "have the same haloseg installed"
+                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live "
+                "and have the same haloseg installed"
             ) from error
         try:
             yield
@@ -115,13 +115,16 @@ def open_runner(
 
 @contextmanager
 def _local_client(n_workers: int) -> Iterator[Client]:
-    """Start one process per worker, with its share of the cores; memory is the plan's affair, not Dask's."""
+    """Start one process per worker; memory is the plan's affair, not Dask's.
+
+    Each gets its share of the cores, unless the environment says OMP_NUM_THREADS already.
+    """
     n_threads = max(1, CPU_COUNT // n_workers)
     settings: dict[str, int] = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS}
     settings["distributed.scheduler.allowed-failures"] = RETRIES
     with (
-        _kept_environment(),
         dask.config.set(settings),
+        _kept_environment(),
         _started(n_workers) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
@@ -185,13 +188,16 @@ async def _shake_hands(address: str) -> None:
 @contextmanager
 def _kept_environment() -> Iterator[None]:
     """Give this process its environment back: Dask's nannies put the settings of their workers into it."""
-    before = dict(os.environ)
+    names = {*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED"}
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _ToOurLog(logging.Handler):

@@ -87,9 +87,9 @@ class Window:
     def _drain(self, tasks: Iterator[_Task]) -> None:
         self._fill(tasks)
         while self._in_flight:
-            future = self._next_finished()
-            if future is not None:
-                self._settle(self._in_flight.pop(future), _outcome(future))
+            futures = self._next_finished()
+            for future, outcome in zip(futures, self._outcomes(futures), strict=True):
+                self._settle(self._in_flight.pop(future), outcome)
             self._fill(tasks)
 
     def _fill(self, tasks: Iterator[_Task]) -> None:
@@ -112,10 +112,20 @@ class Window:
         self._in_flight[future] = task
         future.add_done_callback(self._finished.put)
 
-    def _next_finished(self) -> Future[Outcome] | None:
+    def _next_finished(self) -> list[Future[Outcome]]:
+        """Return all attempts that have finished, as soon as there is one; none if that takes long."""
+        futures: list[Future[Outcome]] = []
         with suppress(Empty):
-            return self._finished.get(timeout=REFRESH_S)
-        return None
+            futures.append(self._finished.get(timeout=REFRESH_S))
+            while True:
+                futures.append(self._finished.get_nowait())
+        return futures
+
+    def _outcomes(self, futures: list[Future[Outcome]]) -> list[object]:
+        """Return what the attempts sent back, in one message if none of them has an error."""
+        with suppress(Exception, asyncio.CancelledError):
+            return list(self._client.gather(futures))
+        return [_outcome(future) for future in futures]
 
     def _settle(self, task: _Task, outcome: object) -> None:
         """Act on what one attempt came to."""

@@ -23,7 +23,7 @@ NAME = "scan"
 _LARGEST_HULL_BYTES = 64 << 20
 
 
-class ScanArray(BackendArray):  # type: ignore[no-untyped-call,misc,unused-ignore]
+class ScanArray(BackendArray):
     """A LazyScan under xarray's indices; slices with a step are read piecewise, in bounded memory."""
 
     def __init__(self, scan: LazyScan) -> None:

@@ -95,9 +95,10 @@ def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: A
     key = image.keyframe
     stat = Path(path).stat()
     return SegmentSource(
-        path, image.dtype.newbyteorder("="), shape, _places(image, path=path), key.shaped, _segment_shape(key),
-        tuple(_page(page, size=stat.st_size, path=path) for page in image.pages), key.nodata,
-        (stat.st_mtime_ns, stat.st_size), reopened,
+        path=path, dtype=image.dtype.newbyteorder("="), shape=shape, places=_places(image, path=path),
+        page_shape=key.shaped, segment_shape=_segment_shape(key),
+        pages=tuple(_page(page, size=stat.st_size, path=path) for page in image.pages), nodata=key.nodata,
+        stamp=(stat.st_mtime_ns, stat.st_size), reopen=reopened,
     )
 
 

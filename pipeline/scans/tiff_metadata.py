@@ -37,7 +37,7 @@ def voxel_size_um(tiff: TiffFile) -> dict[str, float]:
         spacing = (tiff.imagej_metadata or {}).get("spacing")
         depth = {} if spacing is None else {"z": float(spacing) * unit}
         return {"y": pitch[0] * unit, "x": pitch[1] * unit} | depth
-    aperio = re.search(r"MPP\s*=\s*([0-9.]+)", page.description) if page.description.startswith("Aperio") else None
+    aperio = re.match(r"Aperio[\s\S]*?MPP\s*=\s*([0-9]+(\.[0-9]+)?)", page.description)
     if aperio:
         return {"y": float(aperio[1]), "x": float(aperio[1])}
     if pitch is not None and _is_measured(page, pitch):

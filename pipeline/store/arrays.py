@@ -24,7 +24,7 @@ from pipeline.store.location import Location
 _CHUNK = {2: 256, 3: 64}
 _LARGE_CHUNK = {2: 512, 3: 64}
 # (voxels of the volume below which it holds, voxels along a shard's axis), for 2 and 3 spatial axes
-_SHARD = {2: ((2**24, 512), (2**32, 2048), (2**63, 4096)), 3: ((2**31, 128), (2**63, 256))}
+_SHARD = {2: ((2**24, 512), (2**63, 2048)), 3: ((2**27, 128), (2**63, 256))}
 _GRAIN = 16
 
 

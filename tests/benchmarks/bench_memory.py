@@ -76,7 +76,7 @@ def measure(folder, *, gib):
     scan, image, model = folder / "scan.tif", folder / "scan.zarr", folder / "tiny.safetensors"
     n_voxels = write_scan(scan, gib=gib)
     torch.manual_seed(0)
-    settings = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, n_convs=1)
+    settings = UNetSettings(dims=2, width=1, depth=1, padding=Padding.SAME, n_convs=1)
     weights = UNet(settings).state_dict()
     rule = closed_form_rule(settings)
     save_model(Model(settings, ("a", "b"), (0, 1), Normalisation.ZSCORE, ("0",), None, rule, {}, weights), model)

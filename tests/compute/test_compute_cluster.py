@@ -18,12 +18,16 @@ from pipeline.errors import ArgumentError, ModelError, RunError, StorageError
 N_WORKERS = 2
 
 
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
 @pytest.fixture(scope="module")
 def runner():
-    before = dict(os.environ)
+    before = environment()
     with open_runner(n_workers=N_WORKERS) as runner:
         yield runner
-    assert dict(os.environ) == before
+    assert environment() == before
 
 
 @pytest.fixture
