@@ -188,7 +188,7 @@ async def _shake_hands(address: str) -> None:
 @contextmanager
 def _kept_environment() -> Iterator[None]:
     """Give this process its environment back: Dask's nannies put the settings of their workers into it."""
-    names = {*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED"}
+    names = {*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED", "__DASK_PARENT_PID"}
     before = {name: os.environ.get(name) for name in names}
     try:
         yield

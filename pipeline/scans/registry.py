@@ -1,6 +1,6 @@
 """The formats that can be read, one line each, and the choice among them by content where that is cheap.
 
-A reader is a function ``open(path: str, /) -> LazyScan``, named as "module:function" (or a static method), imported
+A reader is a function ``open(path: str, /) -> LazyScan``, named as "module:function", imported
 when a scan needs it, so that no format costs those who do not use it anything, and the Zarr reader may live beside the
 other uses of zarr.
 """
@@ -11,7 +11,6 @@ import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 
 from pipeline.errors import ScanError
@@ -67,12 +66,12 @@ class Format:
     def open(self, path: str) -> LazyScan:
         """Return the scan at ``path``."""
         module, _, function = self.reader.partition(":")
-        opened: LazyScan = attrgetter(function)(import_module(module))(path)
+        opened: LazyScan = getattr(import_module(module), function)(path)
         return opened
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:ZarrReader.open"),
+    Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:open_zarr"),
     Format("HDF5 (FILE.h5::DATASET)", is_hdf5, "pipeline.scans.hdf5:open_hdf5"),
     Format("a folder or glob of PNG, JPEG or TIFF slices", is_slices, "pipeline.scans.slices:open_slices"),
     Format("PNG or JPEG", is_picture, "pipeline.scans.pictures:open_picture"),

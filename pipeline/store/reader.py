@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from pipeline.scans.axes import arrange, unlabelled
 from pipeline.scans.lazy import LazyScan, damaged
 from pipeline.store.location import Location
 from pipeline.store.ngff import find_multiscales, spatial_scale_um
-
-_MARKS = ("zarr.json", ".zgroup", ".zarray")
 
 
 @dataclass(slots=True)
@@ -60,37 +57,24 @@ class ZarrSource:
         return np.asarray(self.array[slices])
 
 
-class ZarrReader:
-    """Opens a Zarr group or array, by path or URL; of a group without OME-Zarr metadata its only array."""
+def open_zarr(path: str) -> LazyScan:
+    """Return the scan at a path or URL of a Zarr array, an OME-Zarr, or a group with one array.
 
-    name = "Zarr, OME-Zarr"
-    patterns = ("*.zarr",)
-
-    @staticmethod
-    def claims(path: str) -> bool:
-        """Whether a path looks like Zarr: a folder with its metadata, or a name that ends in .zarr."""
-        folder = Path(path)
-        return any((folder / mark).is_file() for mark in _MARKS) or path.rstrip("/").endswith(".zarr")
-
-    @staticmethod
-    def open(path: str) -> LazyScan:
-        """Return the scan at a path or URL.
-
-        Raises
-        ------
-        ScanError : there is no Zarr, or it holds no single image.
-        """
-        location = Location(path.rstrip("/"))
-        try:
-            node = zarr.open(str(location), mode="r")
-            if isinstance(node, zarr.Array):
-                return _plain(ZarrSource(location), path=path)
-            document = find_multiscales(dict(node.attrs))
-            if document is None:
-                return _plain(ZarrSource(location / _only_array(node, path)), path=path)
-            return _ome(location, document, path=path)
-        except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-            raise damaged(path, cause=f"no readable Zarr ({type(error).__name__}: {error})") from error
+    Raises
+    ------
+    ScanError : there is no Zarr, or it holds no single image.
+    """
+    location = Location(path.rstrip("/"))
+    try:
+        node = zarr.open(str(location), mode="r")
+        if isinstance(node, zarr.Array):
+            return _plain(ZarrSource(location), path=path)
+        document = find_multiscales(dict(node.attrs))
+        if document is None:
+            return _plain(ZarrSource(location / _only_array(node, path)), path=path)
+        return _ome(location, document, path=path)
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise damaged(path, cause=f"no readable Zarr ({type(error).__name__}: {error})") from error
 
 
 def _only_array(group: zarr.Group, path: str) -> str:

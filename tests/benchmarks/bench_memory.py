@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 import tifffile
 import torch
-from pipeline.unet.model import Model, save_model
 
 from pipeline.store.statistics import Normalisation
+from pipeline.unet.model import Model, save_model
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 

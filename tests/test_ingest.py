@@ -1,0 +1,93 @@
+import warnings
+
+import numpy as np
+import ome_zarr_models
+import pytest
+import tensorstore
+import tifffile
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ome_zarr_models.v05 import Image as ValidImage
+from volumes import scan_file, tree_digest
+
+from pipeline.compute.runner import run_serial
+from pipeline.errors import StoreError
+from pipeline.ingest import ingest, ingest_labels
+from pipeline.store.image import open_image
+from pipeline.store.labels import open_labels
+
+
+def tensorstore_read(path):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return tensorstore.open(spec).result().read().result()
+
+
+@given(st.lists(st.integers(1, 70), min_size=2, max_size=3), st.sampled_from([np.uint8, np.int16, np.float32]))
+@settings(max_examples=20, deadline=None)
+def test_what_is_ingested_is_read_back_and_counted(tmp_path_factory, shape, dtype):
+    folder = tmp_path_factory.mktemp("ingest")
+    voxels = np.random.default_rng(0).normal(50, 20, shape).astype(dtype)
+    np.save(folder / "scan.npy", voxels)
+    image = ingest(str(folder / "scan.npy"), str(folder / "scan.zarr"), chunk=(16,), shard=(32,))
+    scan = np.load(folder / "scan.npy")
+    expected = np.moveaxis(scan, -1, 0) if image.n_channels > 1 else scan
+    np.testing.assert_array_equal(image.array[:], expected.reshape(image.n_channels, *image.spatial_shape))
+    for channel, statistics in zip(image.array[:].astype(np.float64), image.statistics, strict=True):
+        assert statistics.mean == pytest.approx(channel.mean())
+        assert statistics.std == pytest.approx(channel.std(), abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(40, 90, 700), (600, 530), (3, 300, 333)])
+def test_images_are_valid_ome_zarr_and_other_readers_open_them(tmp_path, shape):
+    voxels = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    rgb = shape[0] == 3
+    tifffile.imwrite(tmp_path / "scan.ome.tif", voxels, metadata={"axes": "CYX" if rgb else "ZYX"[-len(shape) :]})
+    image = ingest(str(tmp_path / "scan.ome.tif"), str(tmp_path / "scan.zarr"), voxel_size_um=(0.5,))
+    labels = (voxels[0] if rgb else voxels) > 100
+    tifffile.imwrite(tmp_path / "labels.tif", labels.astype(np.uint8) * 255, photometric="minisblack")
+    ingest_labels(str(tmp_path / "labels.tif"), image=str(tmp_path / "scan.zarr"), name="bright")
+    group = zarr.open_group(tmp_path / "scan.zarr", mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        valid = ValidImage.from_zarr(group)
+        ome_zarr_models.open_ome_zarr(group)
+        ome_zarr_models.open_ome_zarr(group["labels/bright"])
+    assert [axis.name for axis in valid.attributes.ome.multiscales[0].axes] == list(image.axes)
+    np.testing.assert_array_equal(tensorstore_read(tmp_path / "scan.zarr" / "0"), voxels.reshape(image.array.shape))
+    np.testing.assert_array_equal(tensorstore_read(tmp_path / "scan.zarr" / "labels" / "bright" / "0"), labels * 255)
+    for level in image.levels[1:]:
+        assert tensorstore_read(tmp_path / "scan.zarr" / level.path).shape == (image.n_channels, *level.shape)
+    opened = open_labels(tmp_path / "scan.zarr" / "labels" / "bright") if rgb else None
+    assert opened is None or opened.spatial_shape == shape[1:]
+
+
+def test_an_ingest_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path):
+    scan_file(tmp_path / "scan.tif", (20, 40, 300))
+    scan = str(tmp_path / "scan.tif")
+    ingest(scan, str(tmp_path / "undisturbed.zarr"), chunk=(16,), shard=(32,))
+    expected = {k: v for k, v in tree_digest(tmp_path / "undisturbed.zarr").items() if k != "zarr.json"}
+    for n_before in (0, 1, 7, 19):
+
+        def stopping(work, indices, *, on_record, n_before=n_before):
+            run_serial(work, list(indices)[:n_before], on_record=on_record)
+            raise KeyboardInterrupt
+
+        target = str(tmp_path / f"{n_before}.zarr")
+        with pytest.raises(KeyboardInterrupt):
+            ingest(scan, target, chunk=(16,), shard=(32,), run=stopping)
+        with pytest.raises(StoreError, match="unfinished ingest"):
+            open_image(target)
+        resumed = ingest(scan, target, chunk=(16,), shard=(32,))
+        assert {k: v for k, v in tree_digest(target).items() if k != "zarr.json"} == expected
+        assert resumed.statistics == open_image(str(tmp_path / "undisturbed.zarr")).statistics
+
+
+def test_other_settings_are_not_mixed_into_an_image(tmp_path):
+    scan_file(tmp_path / "scan.tif", (40, 50))
+    scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
+    ingest(scan, image, chunk=(16,), shard=(32,))
+    with pytest.raises(StoreError, match="another layout"):
+        ingest(scan, image, chunk=(8,), shard=(32,))
+    with pytest.raises(StoreError, match="another voxel_size_um"):
+        ingest(scan, image, chunk=(16,), shard=(32,), voxel_size_um=(2.0, 2.0))
