@@ -1,0 +1,177 @@
+"""Fit: a network learns from patches; one loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import BudgetError, RunError
+from pipeline.geometry.tiles import TileRule
+from pipeline.unet.network import UNet
+from pipeline.unet.patches import IGNORED, Patches
+from pipeline.unet.recipe import Recipe, Schedule
+from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+
+N_VALIDATION_PATCHES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """How well a network does at a step of its training.
+
+    Attributes
+    ----------
+    train_loss : mean cross-entropy of the steps since the validation before, in nats
+    loss : mean cross-entropy over the validation patches, in nats
+    dice : of each class over all validation patches together; None where neither labels nor network have it
+    """
+
+    step: int
+    train_loss: float
+    loss: float
+    dice: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """The weights of lowest validation loss, where they came from, and the whole course."""
+
+    weights: dict[str, Tensor]
+    best: Validation
+    curve: tuple[Validation, ...]
+    n_steps: int
+
+
+def training_rule(settings: UNetSettings) -> TileRule:
+    """Return the rule of patches: valid networks need their halo, the others learn from whole patches without one."""
+    rule = closed_form_rule(settings)
+    if settings.padding is Padding.VALID:
+        return rule
+    return TileRule(rule.stride, (0,) * rule.ndim, (0,) * rule.ndim)
+
+
+def fit(
+    settings: UNetSettings, patches: Patches, *, validation: Patches, recipe: Recipe, device: str, seed: int,
+    minutes: float | None = None, on_progress: Callable[[Validation], None] = lambda _: None,
+) -> Fitted:
+    """Return a network that has learnt from the patches; the same for the same seed, machine and number of steps.
+
+    Parameters
+    ----------
+    minutes : stop after so long, if the recipe's steps take longer; the learning rate then follows the clock
+
+    Raises
+    ------
+    RunError : the loss is no longer finite.
+    BudgetError : a batch does not fit the device.
+    """
+    with _same_each_time(seed), _memory(recipe):
+        network = UNet(settings).to(device)
+        optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+        rng, begin, n_batch = np.random.default_rng(seed), perf_counter(), recipe.batch_size(settings.dims)
+        best: tuple[Validation, dict[str, Tensor]] | None = None
+        curve: list[Validation] = []
+        losses: list[float] = []
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(patches.batch, n_batch, rng)
+            for step in range(1, recipe.steps + 1):
+                x, y = (torch.from_numpy(part).to(device) for part in coming.result())
+                coming = reader.submit(patches.batch, n_batch, rng)
+                done = max((step - 1) / recipe.steps, (perf_counter() - begin) / (60 * minutes) if minutes else 0.0)
+                optimizer.param_groups[0]["lr"] = recipe.learning_rate * _rate(recipe.schedule, done)
+
+                network.train()
+                loss = _loss(_cropped(network(x), settings), y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                losses.append(_finite(loss.item(), step))
+
+                late = minutes is not None and perf_counter() - begin >= 60 * minutes
+                if step % recipe.validate_every and step < recipe.steps and not late:
+                    continue
+                now = validate(network, validation, device=device, step=step, train_loss=float(np.mean(losses)))
+                curve.append(now)
+                on_progress(now)
+                losses.clear()
+                if best is None or now.loss < best[0].loss:
+                    best = now, {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+                if late:
+                    break
+    assert best is not None  # noqa: S101 the last step is always validated
+    return Fitted(best[1], best[0], tuple(curve), curve[-1].step)
+
+
+def validate(network: UNet, patches: Patches, *, device: str, step: int, train_loss: float) -> Validation:
+    """Return loss and Dice over the fixed patches; the network stays in eval mode."""
+    network.eval()
+    n = network.settings.n_classes
+    total, n_voxels = 0.0, 0
+    both, either = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    with torch.inference_mode():
+        for source, core in patches.fixed(N_VALIDATION_PATCHES):
+            x, y = (torch.from_numpy(part)[None] for part in patches.at(source, core))
+            logits = _cropped(network(x.to(device)), network.settings).cpu()
+            counted = y != IGNORED
+            total += float(functional.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum"))
+            n_voxels += int(counted.sum())
+            got, want = logits.argmax(dim=1)[counted], y[counted]
+            both += torch.bincount(want[got == want], minlength=n)
+            either += torch.bincount(got, minlength=n) + torch.bincount(want, minlength=n)
+    dice = tuple(2 * b / e if e else None for b, e in zip(both.tolist(), either.tolist(), strict=True))
+    return Validation(step, train_loss, _finite(total / n_voxels, step), dice)
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean cross-entropy over all labelled voxels of the batch."""
+    return functional.cross_entropy(logits, y, ignore_index=IGNORED)
+
+
+def _cropped(logits: Tensor, settings: UNetSettings) -> Tensor:
+    """Return the logits of the core."""
+    for axis, trim in enumerate(training_rule(settings).trim, start=2):
+        logits = logits.narrow(axis, trim, logits.shape[axis] - 2 * trim)
+    return logits
+
+
+def _rate(schedule: Schedule, done: float) -> float:
+    """Return the part of the learning rate that is left when this part of the training is done."""
+    return 1.0 if schedule is Schedule.CONSTANT else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise RunError(f"the loss must stay finite, got {loss} at step {step}; lower learning_rate in the recipe")
+    return loss
+
+
+@contextmanager
+def _same_each_time(seed: int) -> Iterator[None]:
+    """Draw the same numbers for the same seed and leave the caller's random state alone.
+
+    On a GPU the gradient of 3-D max pooling is summed in any order (torch 2.13): there, results differ in rounding.
+    """
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _memory(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"a batch must fit the device, got out of memory with batch {recipe.batch} and patch {recipe.patch} (0 is the "
+            "default); set smaller ones in the recipe"
+        ) from error
