@@ -67,10 +67,10 @@ def watched() -> Iterator[Watcher]:
 
 
 @task(name="ingest")
-def ingest_stage(scan: str, image: str) -> str:
+def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None) -> str:
     """Make the image; returns its path."""
     with watched() as watch:
-        made = ingest(scan, image, watch=watch)
+        made = ingest(scan, image, shard=shard, watch=watch)
     get_run_logger().info("image %s: %s voxels", made.location, "x".join(map(str, made.spatial_shape)))
     return str(made.location)
 
@@ -117,7 +117,8 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
     ]  # fmt: skip
     if figures is not None:
         named = zip(figures.classes, figures.figures.classes, strict=True)
-        rows += [("accuracy", f"{figures.figures.accuracy:.4f}"), *((f"Dice of {n}", f"{c.dice:.4f}") for n, c in named)]
+        rows.append(("accuracy", f"{figures.figures.accuracy:.4f}"))
+        rows += [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     data = base64.b64encode(png).decode()
     return f"# Segmentation\n\n| | |\n|---|---|\n{table}\n\n![labels over image](data:image/png;base64,{data})\n"
@@ -126,7 +127,7 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
 @flow(name="segment", flow_run_name="segment {scan} as {name}")
 def segment_scan(
     scan: str, image: str, model: str, name: str = "classes", truth: str | None = None, cluster: str = "local",
-    workers: int = 2, budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    workers: int = 2, budget_bytes: int = DEFAULT_BUDGET_BYTES, shard: tuple[int, ...] | None = None,
 ) -> tuple[Segmented, Evaluated | None]:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again.
 
@@ -140,8 +141,9 @@ def segment_scan(
     cluster : "local", or the address of a Dask scheduler
     workers : local worker processes
     budget_bytes : memory of one worker
+    shard : voxels of the image that are written whole, and so of a block; by default by the scan's size
     """
-    path = ingest_stage(scan, image)
+    path = ingest_stage(scan, image, shard=shard)
     result = segment_stage(path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes)
     figures = evaluate_stage(str(result.labels.location), truth) if truth else None
     report_stage(path, result, figures=figures)

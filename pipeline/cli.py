@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        return _fail(f"storage must answer, got {error}; mend it and run the same command again", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; what is done is kept: the same command goes on", 130)
     return 0
@@ -92,7 +94,7 @@ def _add_ingest(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="micrometres per voxel, one per axis")
     verb.add_argument("--chunk", type=_integers, metavar="N[,N,N]", help="voxels that can be read alone")
     verb.add_argument("--shard", type=_integers, metavar="N[,N,N]", help="voxels that are written whole: one block")
-    verb.add_argument("--overwrite", action="store_true", help="delete what is at IMAGE first")
+    verb.add_argument("--overwrite", action="store_true", help="delete the image at IMAGE first, with its labels")
     verb.add_argument("--labels-of", metavar="IMAGE", help="make a label volume of this image instead")
     verb.add_argument("--name", metavar="NAME", help="the label volume's name, with --labels-of")
 

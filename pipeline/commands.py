@@ -72,7 +72,9 @@ def plan(args: Namespace) -> Document:
 def segment(args: Namespace) -> Document:
     """Segment an image or a scan."""
     with bars(shown=True) as watch:
-        image = resolve_name("pipeline.segment:as_image")(args.image, model=args.model, watch=watch)
+        image = resolve_name("pipeline.segment:as_image")(
+            args.image, model=args.model, name=args.name, tile=args.tile, watch=watch
+        )
         what = _plan(args, image, name=args.name)
         with _runner(args, n_missing=len(what.grid) - len(what.done())) as run:
             result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)

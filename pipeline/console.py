@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.compute.runner import BlockRecord
 
@@ -79,7 +80,7 @@ def show(document: Mapping[str, Any], *, as_json: bool) -> None:
     for key, value in document.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             continue
-        plain.add_row(key.replace("_", " "), readable(key, value))
+        plain.add_row(key.replace("_", " "), Text(readable(key, value)))
     console.print(plain)
     for value in document.values():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -110,5 +111,5 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
     for key in rows[0]:
         table.add_column(key.replace("_", " "))
     for row in rows:
-        table.add_row(*(readable(key, value) for key, value in row.items()))
+        table.add_row(*(Text(readable(key, value)) for key, value in row.items()))
     return table

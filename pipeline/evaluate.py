@@ -115,7 +115,8 @@ def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, 
     found = _values(theirs, grid)
     indices = tuple(range(len(ours.classes)))
     if ours.classes:
-        for values in (ours.class_values, indices):
+        # labels that name their own classes are written in indices, whatever their model's classes were called
+        for values in (indices,) if theirs.classes else (ours.class_values, indices):
             if found <= set(values):
                 return tuple(values), ours.classes
         raise InputError(
@@ -130,7 +131,7 @@ def _values(volume: Volume, grid: BlockGrid) -> set[int]:
     """Return all values of a label volume; refuses those that are no classes but instances."""
     found: set[int] = set()
     for block in grid:
-        found |= set(np.unique(volume.read(block.core.slices)).tolist())
+        found |= set(map(int, np.unique(volume.read(block.core.slices))))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(
                 f"evaluate compares at most {_LARGEST_CLASSES} classes, got more values in {volume.path}; give class "

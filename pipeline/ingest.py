@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +23,12 @@ from pipeline.geometry.grid import BlockGrid
 from pipeline.scans.backend import open_scan
 from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
-from pipeline.store.labels import Labels, check_same_run, create_labels, label_location, publish
+from pipeline.store.labels import Labels, check_same_run, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.pyramid import Downsampling
 from pipeline.store.statistics import Histogram, merge
 
-_IDENTIFYING_BYTES = 65536
+_LEFT_BY_BROWSERS = {".DS_Store", "Thumbs.db"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def ingest(
     image : path or URL of the image, by custom ending in .zarr
     voxel_size_um : micrometres along the scan's spatial axes; by default what the scan tells
     chunk, shard : voxels along the spatial axes; one number stands for all
-    overwrite : delete what is at ``image`` first
+    overwrite : delete the image that is at ``image`` first, with its labels; nothing else is ever deleted
 
     Raises
     ------
@@ -88,12 +90,11 @@ def ingest(
     layout = plan_layout(shape, chunk=_per_axis(chunk, shape, "chunk"), shard=_per_axis(shard, shape, "shard"))
     about = identity(scan, array) | {"layout": [list(layout.chunk), list(layout.shard)], "voxel_size_um": _listed(size)}
     if overwrite:
-        target.delete()
+        _delete_image(target, scan)
     there = _same_ingest(target, about)
     if there is not None and there.statistics:
         return there
-    fresh = not target.exists()
-    with _undone_by_bad_input(target, when=fresh), storage_errors(target):
+    with _undone_by_bad_input(target, when=there is None), storage_errors(target):
         made = there or create_image(
             target, shape=(array.sizes.get("c", 1), *shape), dtype=_dtype(array), axes="c" + "".join(_spatial(array)),
             layout=layout, voxel_size_um=size, scan=about,
@@ -119,7 +120,7 @@ def ingest_labels(
         identity(scan, array), provenance={"made_by": "haloseg ingest"},
     )  # fmt: skip
     check_same_run(labels)
-    with storage_errors(labels.location):
+    with _undone_by_bad_input(target, when=read_labels(target) is None), storage_errors(target):
         create_labels(of, labels)
         grid = BlockGrid(of.spatial_shape, of.layout.shard)
         _copy(IngestBlocks(scan, labels.location / "0", grid, None), run=run, watch=watch)
@@ -129,21 +130,29 @@ def ingest_labels(
 
 
 def identity(scan: str, array: xr.DataArray) -> dict[str, Any]:
-    """Return what tells a scan from others: name, shape, dtype, size on disk and a digest of both its ends."""
+    """Return what tells a scan from others and from its own later versions, without reading it.
+
+    Of a local one its files' names, sizes and times of change, as make and rsync go by; of a remote one its URL.
+    """
     path, _, inner = str(scan).partition("::")
-    file = Path(path)
     about = {
-        "name": Location(path).name + (f"::{inner}" if inner else ""),
+        "name": (path if "://" in path else Location(path).name) + (f"::{inner}" if inner else ""),
         "format": array.attrs.get("format", "unknown"), "shape": list(array.shape), "dtype": str(array.dtype),
     }  # fmt: skip
-    if file.is_file():
-        n_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            digest = hashlib.sha256(stream.read(_IDENTIFYING_BYTES))
-            stream.seek(max(0, n_bytes - _IDENTIFYING_BYTES))
-            digest.update(stream.read())
-        about |= {"n_bytes": n_bytes, "ends_sha256": digest.hexdigest()}
+    if files := _files(path):
+        stats = [file.stat() for file in files]
+        stamps = [[file.name, each.st_size, each.st_mtime_ns] for file, each in zip(files, stats, strict=True)]
+        digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+        about |= {"n_bytes": sum(each.st_size for each in stats), "time_of_change": digest}
     return about
+
+
+def _files(path: str) -> list[Path]:
+    """Return the files that a local scan is made of: itself, those of its glob, or those right in its folder."""
+    file = Path(path)
+    if file.is_dir():
+        return sorted(each for each in file.iterdir() if each.is_file() and each.name not in _LEFT_BY_BROWSERS)
+    return [file] if file.is_file() else sorted(map(Path, glob.glob(path)))  # noqa: PTH207 absolute patterns
 
 
 def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
@@ -181,6 +190,24 @@ def _complete(failed: tuple[Quarantined, ...], location: Location) -> None:
             f"every block must succeed, got {len(failed)} that failed in {location}, block {failed[0].index} with: "
             f"{failed[0].cause}; mend the cause and run the same command again"
         )
+
+
+def _delete_image(target: Location, scan: str) -> None:
+    """Delete an image of ours; a folder of anything else, or one that holds the scan itself, is refused."""
+    if read_image(target) is None and next(target.files(), None) is not None:
+        raise StoreError(f"--overwrite deletes images made by haloseg alone, got {target}; delete it yourself")
+    if _holds(target, scan):
+        raise StoreError(f"--overwrite must not delete the scan itself, got {scan} in {target}; choose another image")
+    with storage_errors(target):
+        target.delete()
+
+
+def _holds(target: Location, scan: str) -> bool:
+    """Whether the scan lies at or below ``target``."""
+    path = scan.partition("::")[0]
+    if not target.is_local or "://" in path:
+        return f"{path.rstrip('/')}/".startswith(f"{target.url.rstrip('/')}/")
+    return Path(path).resolve().is_relative_to(Path(target.url).resolve())
 
 
 def _same_ingest(target: Location, about: dict[str, Any]) -> Image | None:

@@ -17,7 +17,7 @@ from pipeline.store.arrays import done_shards
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, check_same_run, label_location, same_layout
 from pipeline.store.location import Location
-from pipeline.store.probabilities import Probabilities
+from pipeline.store.probabilities import Probabilities, check_same_probabilities
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 
@@ -84,7 +84,9 @@ def plan_segment(
     ------
     InputError : image, model and settings do not fit; the message says the remedy.
     """
-    of, network = open_image(image), load_model(model)
+    # absolute, since the workers of a cluster run in folders of their own
+    of, model = open_image(Location(str(image)).absolute()), str(Location(str(model)).absolute())
+    network = load_model(model)
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
     _warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
@@ -97,7 +99,7 @@ def plan_segment(
     )  # fmt: skip
     check_same_run(labels)
     n_likely = network.settings.n_classes if probabilities else 0
-    likely = Probabilities(of.location / "probabilities" / name, layout, n_likely) if probabilities else None
+    likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
     buffers = _buffer_bytes(grid, of, n_likely)
     tile_shape = _tile(network, grid, slices=slices, tile=tile, budget_bytes=budget_bytes - buffers)
     core = rule.core_shape(tile_shape)
@@ -108,6 +110,13 @@ def plan_segment(
         read * of.n_channels * of.array.dtype.itemsize,
         prod(grid.shape) * (1 + 4 * n_likely),
     )  # fmt: skip
+
+
+def _probabilities(labels: Labels, image: Image, *, n_outputs: int) -> Probabilities:
+    location = image.location / "probabilities" / labels.location.name
+    planned = Probabilities(location, labels.layout, n_outputs, labels.fingerprint)
+    check_same_probabilities(planned)
+    return planned
 
 
 def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> None:
@@ -131,16 +140,22 @@ def _tile(
     if tile is None:
         chosen = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:])
         return (1,) * slices + chosen
-    every = tile * model.settings.dims if len(tile) == 1 else tile
-    if len(every) != model.settings.dims:
-        raise ArgumentError(f"tile needs {model.settings.dims} numbers or one for all, got {tile}; give one per axis")
-    model.rule.core_shape(every)
+    every = given_tile(model, tile)
     if (needed := peak_bytes(model.settings, every)) > budget_bytes:
         raise BudgetError(
             f"the tile must fit the budget, got {needed:,} bytes for tile {every} where {max(0, budget_bytes):,} are "
             "left; use a smaller tile or raise --budget"
         )
     return (1,) * slices + every
+
+
+def given_tile(model: Model, tile: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tile's shape along the network's axes, one number standing for all; refuse one that it does not take."""
+    every = tile * model.settings.dims if len(tile) == 1 else tile
+    if len(every) != model.settings.dims:
+        raise ArgumentError(f"tile needs {model.settings.dims} numbers or one for all, got {tile}; give one per axis")
+    model.rule.core_shape(every)
+    return every
 
 
 def _buffer_bytes(grid: BlockGrid, image: Image, n_probabilities: int) -> int:

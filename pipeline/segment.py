@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import resource
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from pipeline.compute.levels import build_levels
 from pipeline.compute.runner import BlockRecord, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.errors import QuarantineError
+from pipeline.errors import QuarantineError, RunError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import read_mirrored
-from pipeline.ingest import ingest
-from pipeline.plan import Plan, check_fit
+from pipeline.ingest import identity, ingest
+from pipeline.plan import Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
 from pipeline.store.arrays import open_array, shard_location, write_shard
 from pipeline.store.image import open_image, read_image
-from pipeline.store.labels import Labels, create_labels, publish
+from pipeline.store.labels import Labels, check_name, create_labels, publish
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.probabilities import create_probabilities, publish_probabilities
 from pipeline.store.pyramid import Downsampling
@@ -48,6 +50,7 @@ class SegmentBlocks:
 
     image: Location
     model: str
+    model_sha256: str
     labels: Location
     probabilities: Location | None
     grid: BlockGrid
@@ -57,6 +60,11 @@ class SegmentBlocks:
     def setup(self) -> Any:  # noqa: ANN401
         """Open image and outputs, and put the network on its device."""
         image, model = open_image(self.image), load_model(self.model)
+        if model.digest != self.model_sha256:
+            raise RunError(
+                f"the model must stay the same while it is used, got another file at {self.model}; "
+                "put the old one back, or segment to another name"
+            )
         windows = tuple(each.window(model.normalisation) for each in image.statistics)
         predictor = Predictor(
             build(model, self.device), model.rule, windows=windows, device=self.device,
@@ -105,9 +113,9 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
         done = plan.done()
         watch.begin("segment", n_blocks=len(plan.grid), n_done=len(done))
         work = SegmentBlocks(
-            plan.image.location, plan.model_path, labels.location / "0", likely.location / "0" if likely else None,
-            plan.grid, plan.tile_shape, plan.device,
-        )
+            plan.image.location, plan.model_path, plan.model.digest, labels.location / "0",
+            likely.location / "0" if likely else None, plan.grid, plan.tile_shape, plan.device,
+        )  # fmt: skip
 
         def on_record(record: BlockRecord) -> None:
             for at, value in enumerate((1, record.read_s, record.compute_s, record.write_s)):
@@ -136,17 +144,37 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
     )  # fmt: skip
 
 
-def as_image(path: str, *, model: str, watch: Watcher = UNWATCHED) -> str:
-    """Return the path of the image at ``path``; a scan is ingested beside itself first, if the model fits it.
+def as_image(
+    path: str, *, model: str, name: str, tile: tuple[int, ...] | None = None, watch: Watcher = UNWATCHED
+) -> str:
+    """Return the path of the image at ``path``; a scan is ingested beside itself first, if it can be segmented then.
 
-    ``scan.tif`` becomes ``scan.zarr``; what is a Zarr of another maker, ``x.zarr``, becomes ``x.haloseg.zarr``.
+    ``scan.tif`` becomes ``scan.zarr``; what is a Zarr of another maker, ``x.zarr``, becomes ``x.haloseg.zarr``. An
+    image of this scan that lies there already is taken as it is, whatever its chunks and voxel size.
     """
     if read_image(Location(path)) is not None:
         return path
+    check_name(name)
     network, scan = load_model(model), open_scan(path)
     spatial = [d for d in scan.dims if d != "c"]
     check_fit(network, n_spatial=len(spatial), n_channels=scan.sizes.get("c", 1), path=model)
+    if tile:
+        given_tile(network, tile)
+    beside = _beside(path)
+    there = read_image(beside)
+    if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():
+        return str(beside)
+    return str(ingest(path, str(beside), watch=watch).location)
+
+
+def _beside(path: str) -> Location:
+    """Return where a scan's image goes; that of a glob beside the folder in which it looks."""
     file = Location(path.partition("::")[0].rstrip("/"))
+    while glob.has_magic(file.name):
+        file = file.parent
     stem, dot, ending = file.name.rpartition(".")
-    beside = f"{stem if dot else file.name}{'.haloseg' if ending == 'zarr' else ''}.zarr"
-    return str(ingest(path, str(file.parent / beside), watch=watch).location)
+    if ending == "zarr":
+        stem += ".haloseg"
+    elif not dot or Path(file.url).is_dir():
+        stem = file.name
+    return file.parent / f"{stem}.zarr"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any
@@ -16,7 +17,6 @@ from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable
-from pipeline.geometry.tiles import TileRule
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
 from pipeline.unet.device import pick_device
@@ -123,8 +123,8 @@ def _check_alike(images: list[Image]) -> None:
         pairs = zip(first.voxel_size_um or (), other.voxel_size_um or (), strict=False)
         if any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
             raise ArgumentError(
-                f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um in "
-                f"{other.location}; resample them or train one model for each"
+                f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
+                f"in {other.location}; resample them or train one model for each"
             )
 
 
@@ -144,8 +144,8 @@ def _class_values(images: list[Image], truths: list[Labels]) -> tuple[int, ...]:
             values |= set(np.unique(np.asarray(array[block.core.slices])).tolist())
             if len(values) > LARGEST_CLASS:
                 raise ArgumentError(
-                    f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they are "
-                    "instances, make classes of them, such as boundary and interior"
+                    f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they "
+                    "are instances, make classes of them, such as boundary and interior"
                 )
     if len(values) < 2:
         raise ArgumentError(f"labels must have at least 2 different values, got {sorted(values)}; label another class")
@@ -160,17 +160,56 @@ def _patches(
     rule, core = training_rule(settings), (size,) * settings.dims
     if len(images[0].spatial_shape) > settings.dims:
         rule, core = rule.over_slices(), (1, *core)
-    learn, check = [], []
-    resident = sum(_n_bytes(image.array) for image in (*images, *truths)) <= RESIDENT_BYTES
-    for image, truth in zip(images, truths, strict=True):
-        arrays: list[Sliceable] = [image.array, truth.array]
-        if resident:
-            arrays = [np.asarray(array[(slice(None),) * len(array.shape)]) for array in arrays]
-        windows = tuple(each.window(recipe.normalisation) for each in image.statistics)
-        for part, region in zip((learn, check), _split(image.spatial_shape, recipe.validation_fraction), strict=True):
-            part.append(Source(arrays[0], arrays[1], windows, region))
-    turns = orientations(core, halo=rule.halo, voxel_size_um=images[0].voxel_size_um)
-    return (
-        _of(tuple(learn), rule, core, settings, values, turns=turns, contrast=recipe.contrast),
-        _of(tuple(check), rule, core, settings, values, turns=turns[:1], contrast=0.0),
+    arrays = [*(image.array for image in images), *(truth.array for truth in truths)]
+    stored: list[Sliceable] = list(arrays)
+    if sum(array.nbytes for array in arrays) <= RESIDENT_BYTES:
+        stored = [np.asarray(array[:]) for array in arrays]
+    windows = [tuple(each.window(recipe.normalisation) for each in image.statistics) for image in images]
+    regions = [_split(image.spatial_shape, recipe.validation_fraction) for image in images]
+    learn, check = (
+        tuple(map(Source, stored[: len(images)], stored[len(images) :], windows, regions_of))
+        for regions_of in zip(*regions, strict=True)
     )
+    turns = orientations(core, halo=rule.halo, voxel_size_um=images[0].voxel_size_um)
+    patches = Patches(learn, core, rule.halo, values, settings.dims, turns, recipe.contrast)
+    return patches, replace(patches, sources=check)
+
+
+def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:
+    """Return the region to learn from and the slab held out: the end of the first axis of more than one voxel."""
+    axis = next((axis for axis, n in enumerate(shape) if n > 1), None)
+    if axis is None:
+        raise ArgumentError(f"an image must have at least two voxels to learn and to hold out, got shape {shape}")
+    n = shape[axis]
+    cut = n - min(n - 1, max(1, round(n * fraction)))
+    whole = Box.whole(shape)
+    stop = tuple(cut if i == axis else m for i, m in enumerate(shape))
+    start = tuple(cut if i == axis else 0 for i in range(len(shape)))
+    return Box(whole.start, stop), Box(start, whole.stop)
+
+
+def _class_name(truth: Labels, value: int) -> str:
+    """Return what the labels call a value, where they were made by a model; else the value itself."""
+    return truth.classes[value] if value < len(truth.classes) else f"class {value}"
+
+
+def _record(
+    images: list[Image], truths: list[Labels], *, recipe: Recipe, seed: int, fitted: Fitted, device: str
+) -> dict[str, Any]:
+    """Return what the model was made from; nothing in it differs between two runs of the same command."""
+    record = {
+        "made_by": "haloseg train", "recipe": recipe.to_json(), "seed": seed, "device": device, "steps": fitted.n_steps,
+        "images": [
+            {
+                "image": image.location.name, "labels": truth.location.name, "shape": image.spatial_shape,
+                "voxel_size_um": image.voxel_size_um, "scan": image.scan, "labels_from": truth.fingerprint,
+                "statistics": [each.to_json() for each in image.statistics],
+                "held_out": asdict(_split(image.spatial_shape, recipe.validation_fraction)[1]),
+            }
+            for image, truth in zip(images, truths, strict=True)
+        ],
+        "best": asdict(fitted.best), "curve": [asdict(each) for each in fitted.curve],
+        "versions": {package: version(package) for package in ("haloseg", "torch", "numpy")},
+    }  # fmt: skip
+    document: dict[str, Any] = json.loads(json.dumps(record))
+    return document

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import tifffile
 from volumes import model_file, scan_file, tree_digest
 
 from pipeline.cli import main
+from pipeline.store.labels import open_labels
 from pipeline.unet.settings import Padding, UNetSettings
 
 
@@ -166,6 +168,60 @@ def test_an_unreachable_scheduler_is_refused_within_30_s(tmp_path, image, capsys
     assert "tcp://127.0.0.1:9" in line
     assert time.monotonic() - begin < 30
     assert tree_digest(image) == before
+
+
+def test_a_scan_is_not_ingested_for_a_segmentation_that_cannot_be(tmp_path, scan, capsys):
+    segment = ["segment", scan, "--model", model_file(tmp_path / "model.safetensors")]
+    assert "label name" in fails(capsys, *segment, "--name", "../x")
+    assert "label name" in fails(capsys, *segment, "--name", "zarr.json")
+    assert "tile must be twice the halo" in fails(capsys, *segment, "--name", "x", "--tile", "21")
+    assert not scan.with_suffix(".zarr").exists()
+
+
+def test_images_lie_beside_their_scans(tmp_path, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    folder = tmp_path / "day.1"
+    folder.mkdir()
+    for z in range(2):
+        tifffile.imwrite(folder / f"{z}.tif", np.full((20, 30), z, np.uint8))
+    for path in (f"{folder}/", folder / "*.tif"):
+        document = printed(capsys, "segment", path, "--model", model, "--name", "x")
+        assert document["labels"] == str(tmp_path / "day.1.zarr" / "labels" / "x")
+        shutil.rmtree(tmp_path / "day.1.zarr")
+    assert sorted(p.name for p in folder.iterdir()) == ["0.tif", "1.tif"]
+
+
+def test_an_image_beside_its_scan_is_taken_with_its_own_settings(tmp_path, image, scan, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    assert printed(capsys, "segment", scan, "--model", model, "--name", "x")["blocks"] == 24
+
+
+def test_a_truth_that_names_its_own_classes_is_not_translated(tmp_path, capsys):
+    settings = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, n_convs=1)
+    np.save(tmp_path / "scan.npy", np.ones((20, 20), np.uint8))
+    image = tmp_path / "scan.zarr"
+    printed(capsys, "ingest", tmp_path / "scan.npy", image)
+    for name, values in (("a", (1, 2)), ("b", (7, 8))):
+        model = model_file(tmp_path / f"{name}.safetensors", settings, seed=2, class_values=values)
+        printed(capsys, "segment", image, "--model", model, "--name", name)
+    assert np.unique(open_labels(image / "labels" / "b").array[:]).tolist() == [1]
+    figures = printed(capsys, "evaluate", image / "labels" / "a", image / "labels" / "b")
+    assert figures["accuracy"] == 1.0
+
+
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    folder = tmp_path / "[old]"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.zeros((9, 9), np.uint8))
+    assert main(["info", str(folder / "a.npy")]) == 0
+    assert "[old]" in capsys.readouterr()[0]
+
+
+def test_storage_that_cannot_be_used_is_one_line(tmp_path, scan, capsys):
+    assert "Protocol not known" in fails(capsys, "ingest", scan, "nowhere://x/y.zarr")
+    assert main(["ingest", str(scan), str(scan / "below.zarr")]) == 1
+    out, err = capsys.readouterr()
+    assert (out, "haloseg: " in err, "Traceback" in err) == ("", True, False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

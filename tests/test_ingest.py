@@ -12,7 +12,7 @@ from ome_zarr_models.v05 import Image as ValidImage
 from volumes import scan_file, tree_digest
 
 from pipeline.compute.runner import run_serial
-from pipeline.errors import StoreError
+from pipeline.errors import ScanError, StoreError
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
@@ -91,3 +91,66 @@ def test_other_settings_are_not_mixed_into_an_image(tmp_path):
         ingest(scan, image, chunk=(8,), shard=(32,))
     with pytest.raises(StoreError, match="another voxel_size_um"):
         ingest(scan, image, chunk=(16,), shard=(32,), voxel_size_um=(2.0, 2.0))
+
+
+def test_overwriting_deletes_images_alone_and_never_the_scan(tmp_path):
+    scan_file(tmp_path / "scan.tif", (20, 30))
+    scan = str(tmp_path / "scan.tif")
+    with pytest.raises(StoreError, match="images made by haloseg alone"):
+        ingest(scan, str(tmp_path), overwrite=True)
+    with pytest.raises(StoreError, match="images made by haloseg alone"):
+        ingest(scan, scan, overwrite=True)
+    image = str(tmp_path / "scan.zarr")
+    ingest(scan, image)
+    with pytest.raises(StoreError, match="must not delete the scan itself"):
+        ingest(image, f"{image}/", overwrite=True)
+    kept = tmp_path / "scan.zarr" / "kept.npy"
+    np.save(kept, np.zeros((9, 9), np.uint8))
+    with pytest.raises(StoreError, match="must not delete the scan itself"):
+        ingest(str(kept), image, overwrite=True)
+    assert open_image(image).spatial_shape == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "glob"])
+def test_a_scan_that_has_changed_is_not_taken_for_done(tmp_path, kind):
+    folder = tmp_path / "slices"
+    folder.mkdir()
+    for z in range(3):
+        tifffile.imwrite(folder / f"{z}.tif", np.zeros((300, 300), np.uint8))
+    scan = str({"file": folder / "1.tif", "folder": folder, "glob": folder / "*.tif"}[kind])
+    image = str(tmp_path / "image.zarr")
+    of_image = scan if kind == "file" else str(folder)
+    ingest(of_image, image)
+    ingest_labels(scan, image=image, name="truth")
+    ingest_labels(scan, image=image, name="truth")
+    mended = np.zeros((300, 300), np.uint8)
+    mended[150, 150] = 1
+    tifffile.imwrite(folder / "1.tif", mended)
+    with pytest.raises(StoreError, match="another time_of_change"):
+        ingest(of_image, image)
+    with pytest.raises(StoreError, match="another time_of_change"):
+        ingest_labels(scan, image=image, name="truth")
+
+
+def test_labels_that_turn_out_to_be_damaged_leave_nothing(tmp_path):
+    scan_file(tmp_path / "scan.tif", (200, 300))
+    image = tmp_path / "scan.zarr"
+    ingest(str(tmp_path / "scan.tif"), str(image), chunk=(16,), shard=(16,))
+    before = tree_digest(image)
+    labels = tmp_path / "labels.tif"
+    voxels = np.random.default_rng(0).integers(0, 2, (200, 300)).astype(np.uint8)
+    tifffile.imwrite(labels, voxels, compression="zlib", rowsperstrip=20, photometric="minisblack")
+    content = bytearray(labels.read_bytes())
+    with tifffile.TiffFile(labels) as file:
+        at, n = file.pages[0].dataoffsets[-1], file.pages[0].databytecounts[-1]
+    content[at : at + n] = bytes(n)
+    labels.write_bytes(content)
+    with pytest.raises(ScanError, match=r"labels\.tif"):
+        ingest_labels(str(labels), image=str(image), name="truth")
+    assert tree_digest(image) == before
+
+
+def test_file_urls_are_paths(tmp_path):
+    scan_file(tmp_path / "scan.tif", (20, 30))
+    ingest(str(tmp_path / "scan.tif"), f"file://{tmp_path}/scan.zarr")
+    assert open_image(tmp_path / "scan.zarr").spatial_shape == (20, 30)

@@ -4,13 +4,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from volumes import model_file, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
-from pipeline.errors import QuarantineError, StoreError
+from pipeline.errors import QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.segment import SegmentBlocks, segment
@@ -111,7 +113,16 @@ def test_a_killed_process_group_goes_on_where_it_was(tmp_path):
     assert 20 <= n_before < 144
     again = subprocess.run([*command, "--name", "killed"], check=True, capture_output=True, text=True)
     assert json.loads(again.stdout)["blocks_kept"] == n_before
-    assert tree_digest(f"{image}/labels/killed") == tree_digest(f"{image}/labels/undisturbed")
+    assert digest_but_name(image, "killed") == digest_but_name(image, "undisturbed")
+
+
+def digest_but_name(image, name):
+    """Return what tree_digest does of a label volume; its metadata, which hold its name, are compared without it."""
+    folder = Path(image) / "labels" / name
+    metadata = json.loads((folder / "zarr.json").read_text())
+    for each in metadata["attributes"]["ome"]["multiscales"]:
+        assert each.pop("name") == name
+    return tree_digest(folder) | {"zarr.json": metadata}
 
 
 def test_blocks_that_fail_are_quarantined_and_a_rerun_does_those_alone(tmp_path):
@@ -138,3 +149,56 @@ def test_another_model_does_not_mix_into_the_same_labels(tmp_path):
     assert tree_digest(image) == before
     assert segment(plan_segment(image, model=model, name="x"), run=run_serial).n_run == 0
     assert tree_digest(image) == before
+
+
+def test_probabilities_of_another_model_are_not_taken_for_done(tmp_path):
+    settings = CASES["2-D same, 3 classes"][1]
+    _, image, model = prepared(tmp_path, (40, 40), settings)
+    segment(plan_segment(image, model=model, name="x", probabilities=True), run=run_serial)
+    other = model_file(tmp_path / "other.safetensors", settings, seed=5)
+    Location(f"{image}/labels/x").delete()
+    segment(plan_segment(image, model=other, name="x"), run=run_serial)
+    with pytest.raises(StoreError, match="probabilities x must come from one run, got another model"):
+        plan_segment(image, model=other, name="x", probabilities=True)
+
+
+def test_a_model_that_is_replaced_during_a_run_ends_it(tmp_path):
+    settings = CASES["2-D same, 3 classes"][1]
+    _, image, model = prepared(tmp_path, (40, 40), settings)
+    plan = plan_segment(image, model=model, name="x")
+    model_file(model, settings, seed=5)
+    with pytest.raises(RunError, match="the model must stay the same"):
+        segment(plan, run=run_serial)
+    assert published(Location(image) / "labels") == []
+
+
+def test_blocks_run_in_another_folder_whatever_path_was_given(tmp_path, monkeypatch):
+    prepared(tmp_path, (40, 40), CASES["2-D same, 3 classes"][1])
+    monkeypatch.chdir(tmp_path)
+    plan = plan_segment("scan.zarr", model="model.safetensors", name="x")
+
+    def elsewhere(work, indices, *, on_record):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with monkeypatch.context() as other:
+            other.chdir(tmp_path / "elsewhere")
+            return run_serial(work, indices, on_record=on_record)
+
+    assert segment(plan, run=elsewhere).n_run == 1
+    assert open_labels("scan.zarr/labels/x").spatial_shape == (40, 40)
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path):
+    _, image, model = prepared(tmp_path, (64, 96, 96), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    command = [sys.executable, "-m", "pipeline.cli", "segment", image, "--model", model, "--json", "--name"]
+    subprocess.run([*command, "undisturbed", "--workers", "1"], check=True, capture_output=True)
+    run = subprocess.Popen([*command, "killed", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    shards = Location(f"{image}/labels/killed/0/c")
+    deadline = time.monotonic() + 60
+    while len(list(shards.files())) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
+    out, _ = run.communicate(timeout=120)
+    assert (len(workers), run.returncode) == (2, 0)
+    assert json.loads(out)["blocks_run"] == 144
+    assert digest_but_name(image, "killed") == digest_but_name(image, "undisturbed")

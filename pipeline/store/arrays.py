@@ -51,7 +51,7 @@ def plan_layout(
     usual = _CHUNK[ndim] if side <= 512 else _LARGE_CHUNK[ndim]
     if chunk is None:
         sides = shard or (usual,) * ndim
-        chunk = tuple(_largest_divisor(s, usual) if shard else min(usual, _round_up(n, _GRAIN))
+        chunk = tuple(_nearest_divisor(s, usual) if shard else min(usual, _round_up(n, _GRAIN))
                       for s, n in zip(sides, shape, strict=True))
     if shard is None:
         shard = tuple(_round_up(min(side, n), c) for n, c in zip(shape, chunk, strict=True))
@@ -62,14 +62,16 @@ def _round_up(n: int, step: int) -> int:
     return ceil(n / step) * step
 
 
-def _largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+def _nearest_divisor(n: int, size: int) -> int:
+    """Return the divisor of ``n`` nearest to ``size`` in ratio: 64 of 192, but 97 of 97, where 1 would be useless."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: max(d / size, size / d))
 
 
 def create_group(location: Location, attributes: dict[str, Any]) -> None:
     """Make a Zarr v3 group here, or replace the attributes of the one that is here; the only writer of them."""
-    group = zarr.open_group(str(location), mode="a", zarr_format=3)
-    group.attrs.put(attributes)
+    group = zarr.open_group(str(location), mode="a", zarr_format=3, attributes=attributes)
+    if group.attrs.asdict() != attributes:
+        group.attrs.put(attributes)
 
 
 def read_attributes(location: Location) -> dict[str, Any]:
@@ -132,6 +134,21 @@ def done_shards(location: Location, grid: BlockGrid) -> set[int]:
         if all(part.isdigit() for part in parts):
             done.add(grid.index_of(tuple(map(int, parts))))
     return done
+
+
+def check_same_fingerprint(was: dict[str, Any], now: dict[str, Any], *, what: str, location: Location) -> None:
+    """Refuse to mix two runs in one volume; the message says which setting differs."""
+    for key in sorted(set(was) | set(now)):
+        if was.get(key) != now.get(key):
+            raise StoreError(
+                f"{what} {location.name} must come from one run, got another {key} ({_short(now.get(key))}, was "
+                f"{_short(was.get(key))}); choose another name or delete {location}"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) > 32 else text
 
 
 def sweep(location: Location) -> None:

@@ -107,7 +107,7 @@ def open_image(path: str | Location) -> Image:
     location = path if isinstance(path, Location) else Location(str(path))
     image = read_image(location)
     if image is None:
-        raise StoreError(f"image must be made by haloseg, got {location}; run: haloseg ingest SCAN {location}")
+        raise StoreError(f"image must be made by haloseg, got {location}; run: haloseg ingest SCAN IMAGE")
     if not image.statistics:
         raise StoreError(f"image must be complete, got an unfinished ingest at {location}; run the same ingest again")
     return image

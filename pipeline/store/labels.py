@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 
 from pipeline.errors import ArgumentError, StoreError
-from pipeline.store.arrays import Layout, create_group, open_array, read_attributes, sweep
+from pipeline.store.arrays import Layout, check_same_fingerprint, create_group, open_array, read_attributes, sweep
 from pipeline.store.image import FORMAT, Image, levels_from_json
 from pipeline.store.location import Location
 from pipeline.store.ngff import VERSION, Level, multiscales
@@ -60,7 +60,7 @@ class Labels:
 
 def check_name(name: str) -> None:
     """Refuse names that are no folder names on every store."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "zarr.json":
         raise ArgumentError(f"a label name has letters, digits, '_', '-' and '.', got {name!r}; use such as cells-1")
 
 
@@ -97,13 +97,7 @@ def check_same_run(labels: Labels) -> None:
     there = read_labels(labels.location)
     if there is None:
         return
-    for key in sorted(set(there.fingerprint) | set(labels.fingerprint)):
-        was, now = there.fingerprint.get(key), labels.fingerprint.get(key)
-        if was != now:
-            raise StoreError(
-                f"labels {labels.location.name} must come from one run, got another {key} ({_short(now)}, was "
-                f"{_short(was)}); choose another name or delete {labels.location}"
-            )
+    check_same_fingerprint(there.fingerprint, labels.fingerprint, what="labels", location=labels.location)
 
 
 def publish(labels: Labels) -> None:
@@ -169,8 +163,3 @@ def _attributes(image: Image, labels: Labels) -> dict[str, Any]:
         "classes": list(labels.classes), "class_values": list(labels.class_values), "provenance": labels.provenance,
     }  # fmt: skip
     return {"ome": {"version": VERSION, "multiscales": kind, "image-label": about}, "haloseg": ours}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return f"{text[:12]}..." if len(text) > 32 else text

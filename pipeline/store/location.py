@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -19,9 +20,12 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A folder or object-store prefix; ``location / "labels"`` is the one below it."""
+    """A folder or object-store prefix; ``location / "labels"`` is the one below it. A file:// URL is its path."""
 
     url: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", self.url.removeprefix("file://"))
 
     def __truediv__(self, name: str) -> Location:
         return Location(f"{self.url.rstrip('/')}/{name}")
@@ -43,7 +47,11 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Whether this is a path on a file system of this machine."""
-        return "://" not in self.url or self.url.startswith("file://")
+        return "://" not in self.url
+
+    def absolute(self) -> Location:
+        """Return the same place for a process that runs in another folder."""
+        return Location(str(Path(self.url).absolute())) if self.is_local else self
 
     def exists(self) -> bool:
         """Whether anything lies here."""
@@ -86,7 +94,10 @@ class Location:
             fs.rm(path, recursive=True)
 
     def _fs(self) -> tuple[Any, str]:
-        fs, path = url_to_fs(self.url, use_listings_cache=False)
+        try:
+            fs, path = url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"a URL must be of a kind that can be opened, got {self.url}: {error}") from error
         return fs, path
 
 

@@ -74,41 +74,44 @@ def fit(
     RunError : the loss is no longer finite.
     BudgetError : a batch does not fit the device.
     """
+    begin, curve, losses, weights = perf_counter(), list[Validation](), list[float](), dict[str, Tensor]()
     with _same_each_time(seed), _memory(recipe):
         network = UNet(settings).to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
-        rng, begin, n_batch = np.random.default_rng(seed), perf_counter(), recipe.batch_size(settings.dims)
-        best: tuple[Validation, dict[str, Tensor]] | None = None
-        curve: list[Validation] = []
-        losses: list[float] = []
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(patches.batch, n_batch, rng)
-            for step in range(1, recipe.steps + 1):
-                x, y = (torch.from_numpy(part).to(device) for part in coming.result())
-                coming = reader.submit(patches.batch, n_batch, rng)
-                done = max((step - 1) / recipe.steps, (perf_counter() - begin) / (60 * minutes) if minutes else 0.0)
-                optimizer.param_groups[0]["lr"] = recipe.learning_rate * _rate(recipe.schedule, done)
+        for step, (x, y) in enumerate(_batches(patches, recipe, seed=seed), start=1):
+            spent = (perf_counter() - begin) / (60 * minutes) if minutes else 0.0
+            rate = _rate(recipe.schedule, max((step - 1) / recipe.steps, spent))
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate
 
-                network.train()
-                loss = _loss(_cropped(network(x), settings), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                losses.append(_finite(loss.item(), step))
+            network.train()
+            loss = functional.cross_entropy(_core(network(x.to(device)), settings), y.to(device), ignore_index=IGNORED)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(_finite(loss.item(), step))
 
-                late = minutes is not None and perf_counter() - begin >= 60 * minutes
-                if step % recipe.validate_every and step < recipe.steps and not late:
-                    continue
+            over = step == recipe.steps or spent >= 1
+            if over or step % recipe.validate_every == 0:
                 now = validate(network, validation, device=device, step=step, train_loss=float(np.mean(losses)))
+                losses.clear()
+                if now.loss < min((each.loss for each in curve), default=math.inf):
+                    weights = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
                 curve.append(now)
                 on_progress(now)
-                losses.clear()
-                if best is None or now.loss < best[0].loss:
-                    best = now, {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-                if late:
-                    break
-    assert best is not None  # noqa: S101 the last step is always validated
-    return Fitted(best[1], best[0], tuple(curve), curve[-1].step)
+            if over:
+                break
+    return Fitted(weights, min(curve, key=lambda each: each.loss), tuple(curve), step)
+
+
+def _batches(patches: Patches, recipe: Recipe, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches without end; the next one is read while the last one is learnt from."""
+    rng, n = np.random.default_rng(seed), recipe.batch_size(patches.n_axes)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(patches.batch, n, rng)
+        while True:
+            x, y = coming.result()
+            coming = reader.submit(patches.batch, n, rng)
+            yield torch.from_numpy(x), torch.from_numpy(y)
 
 
 def validate(network: UNet, patches: Patches, *, device: str, step: int, train_loss: float) -> Validation:
@@ -120,7 +123,7 @@ def validate(network: UNet, patches: Patches, *, device: str, step: int, train_l
     with torch.inference_mode():
         for source, core in patches.fixed(N_VALIDATION_PATCHES):
             x, y = (torch.from_numpy(part)[None] for part in patches.at(source, core))
-            logits = _cropped(network(x.to(device)), network.settings).cpu()
+            logits = _core(network(x.to(device)), network.settings).cpu()
             counted = y != IGNORED
             total += float(functional.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum"))
             n_voxels += int(counted.sum())
@@ -131,12 +134,7 @@ def validate(network: UNet, patches: Patches, *, device: str, step: int, train_l
     return Validation(step, train_loss, _finite(total / n_voxels, step), dice)
 
 
-def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the mean cross-entropy over all labelled voxels of the batch."""
-    return functional.cross_entropy(logits, y, ignore_index=IGNORED)
-
-
-def _cropped(logits: Tensor, settings: UNetSettings) -> Tensor:
+def _core(logits: Tensor, settings: UNetSettings) -> Tensor:
     """Return the logits of the core."""
     for axis, trim in enumerate(training_rule(settings).trim, start=2):
         logits = logits.narrow(axis, trim, logits.shape[axis] - 2 * trim)
@@ -172,6 +170,6 @@ def _memory(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise BudgetError(
-            f"a batch must fit the device, got out of memory with batch {recipe.batch} and patch {recipe.patch} (0 is the "
-            "default); set smaller ones in the recipe"
+            f"a batch must fit the device, got out of memory with batch {recipe.batch} and patch {recipe.patch} (0 is "
+            "the default); set smaller ones in the recipe"
         ) from error

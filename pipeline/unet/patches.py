@@ -50,14 +50,17 @@ class Orientation:
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the array with its last axes in another order and direction; the same for image and labels."""
         front = array.ndim - len(self.order)
-        turned = array.transpose(*range(front), *(front + axis for axis in self.order))
-        return np.flip(turned, [front + axis for axis, flip in enumerate(self.flipped) if flip])
+        turned: NDArray[Any] = array.transpose(*range(front), *(front + axis for axis in self.order))
+        return np.flip(turned, tuple(front + axis for axis, flip in enumerate(self.flipped) if flip))
 
 
 def orientations(
     core: tuple[int, ...], *, halo: tuple[int, ...], voxel_size_um: tuple[float, ...] | None
 ) -> tuple[Orientation, ...]:
-    """Return all orientations that keep a patch's shape and its voxels' size; axes of unknown size may all be swapped."""
+    """Return all orientations that keep a patch's shape and voxel size; voxels of unknown size count as cubes.
+
+    The first one changes nothing.
+    """
     size = voxel_size_um or (1.0,) * len(core)
     alike = list(zip(core, halo, (round(s / min(size), 3) for s in size), strict=True))
     axes = range(len(core))
@@ -86,25 +89,17 @@ class Patches:
     contrast: float
 
     def at(self, source: Source, core: Box) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return intensities (channels, *tile) on the network's scale, and classes (*core), IGNORED out of the region."""
-        raw = read_mirrored(source.image, core.grow(self.halo))
-        offset, scale = np.array(source.windows).T.reshape(2, -1, *(1,) * core.ndim)
-        x = ((raw.astype(np.float64) - offset) * scale).astype(np.float32)
-        found = np.searchsorted(self.class_values, read_mirrored(source.labels, core)).astype(np.int64)
-        inside = core.intersect(source.region).shift(tuple(-a for a in core.start))
-        y = np.full_like(found, IGNORED)
-        y[inside.slices] = found[inside.slices]
-        front = core.ndim - self.n_axes
-        return x.reshape(x.shape[:1] + x.shape[1 + front :]), y.reshape(y.shape[front:])
+        """Return what a patch shows the network, float32 (channels, *tile), and its classes, int64 (*core)."""
+        return self._seen(*self._read(source, core))
 
     def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return a random patch, turned at random; larger images are drawn from in proportion."""
         voxels = np.array([source.region.n_voxels for source in self.sources], dtype=np.float64)
         source = self.sources[int(rng.choice(len(self.sources), p=voxels / voxels.sum()))]
-        x, y = self.at(source, self.place(source, rng))
+        x, y = self._read(source, self.place(source, rng))
         turn = self.turns[int(rng.integers(len(self.turns)))]
         gain, shift = 1 + self.contrast * rng.uniform(-1, 1), self.contrast * rng.uniform(-1, 1)
-        return (turn.apply(x) * np.float32(gain) + np.float32(shift)), turn.apply(y)
+        return self._seen(turn.apply(x) * np.float32(gain) + np.float32(shift), turn.apply(y))
 
     def place(self, source: Source, rng: np.random.Generator) -> Box:
         """Return a core anywhere in the region; where the region is smaller than it, one that holds the region."""
@@ -112,7 +107,7 @@ class Patches:
         for a, b, n in zip(source.region.start, source.region.stop, self.core, strict=True):
             first, last = min(a, b - n), max(a, b - n)
             start.append(int(rng.integers(first, last + 1)))
-        return Box(tuple(start), tuple(a + n for a, n in zip(start, self.core, strict=True)))
+        return self._core(tuple(start))
 
     def batch(self, n: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return ``n`` random patches, stacked along a new first axis."""
@@ -125,8 +120,28 @@ class Patches:
         for source in self.sources:
             spans = []
             for a, b, n in zip(source.region.start, source.region.stop, self.core, strict=True):
-                spans.append([min(at, max(a, b - n)) for at in range(a, b, n)])
-            boxes = (Box(start, tuple(a + n for a, n in zip(start, self.core, strict=True))) for start in product(*spans))
-            places += [(source, box) for box in boxes]
+                spans.append([min(at, b - n) for at in range(a, b, n)])
+            places += [(source, self._core(start)) for start in product(*spans)]
         chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))
         return [places[i] for i in chosen]
+
+    def _read(self, source: Source, core: Box) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return normalised intensities (channels, *tile) and classes (*core), along the image's axes."""
+        raw = read_mirrored(source.image, core.grow(self.halo))
+        offset, scale = np.array(source.windows).T.reshape(2, -1, *(1,) * core.ndim)
+        x = ((raw.astype(np.float64) - offset) * scale).astype(np.float32)
+        found = np.searchsorted(self.class_values, read_mirrored(source.labels, core)).astype(np.int64)
+        inside = core.intersect(source.region).shift(tuple(-a for a in core.start))
+        y = np.full_like(found, IGNORED)
+        y[inside.slices] = found[inside.slices]
+        return x, y
+
+    def _seen(
+        self, x: NDArray[np.float32], y: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return a patch along the network's axes, without that across its slices."""
+        front = len(self.core) - self.n_axes
+        return x.reshape(x.shape[:1] + x.shape[1 + front :]), y.reshape(y.shape[front:])
+
+    def _core(self, start: tuple[int, ...]) -> Box:
+        return Box(start, tuple(a + n for a, n in zip(start, self.core, strict=True)))

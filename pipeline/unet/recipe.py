@@ -67,8 +67,8 @@ class Recipe:
     def __post_init__(self) -> None:
         least = {"dims": 0, "width": 0, "patch": 0, "batch": 0, "steps": 1, "validate_every": 1, "contrast": 0}
         for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ArgumentError(f"{name} must be at least {lowest}, got {getattr(self, name)}; use {lowest} or more")
+            if (value := getattr(self, name)) < lowest:
+                raise ArgumentError(f"{name} must be at least {lowest}, got {value}; use {lowest} or more")
         if self.dims not in (0, 2, 3):
             raise ArgumentError(f"dims must be 2 or 3, or 0 to choose, got {self.dims}; use 0")
         if not 0 < self.validation_fraction < 1:

@@ -81,6 +81,7 @@ def test_planned_shards_are_multiples_of_chunks(shape):
 def test_given_shards_choose_chunks_that_divide_them():
     assert plan_layout((500, 500), shard=(96, 100)) == Layout((96, 100), (96, 100))
     assert plan_layout((500, 500, 500), shard=(192, 128, 100)) == Layout((64, 64, 50), (192, 128, 100))
+    assert plan_layout((500, 500, 500), shard=(97, 254, 100)) == Layout((97, 127, 50), (97, 254, 100))
     assert plan_layout((500, 500), chunk=(30, 30)).shard == (510, 510)
     with pytest.raises(ArgumentError, match="shard must be a multiple of the chunk 30, got 100; use 90"):
         plan_layout((500, 500), chunk=(30, 30), shard=(100, 100))
