@@ -22,7 +22,7 @@ def picture(image: Image, labels: Labels, *, truth: Labels | None = None) -> byt
     """Return a PNG: the image, the truth over it where there is one, and the labels over it, side by side.
 
     Shows the middle slice of a volume, at the finest level that is at most 512 voxels along y and x; of a larger
-    coarsest level its middle.
+    coarsest level its middle. Small scans are enlarged.
     """
     index = next((i for i, level in enumerate(image.levels) if max(level.shape[-2:]) <= _LARGEST), -1)
     index = index % len(image.levels)
@@ -34,8 +34,9 @@ def picture(image: Image, labels: Labels, *, truth: Labels | None = None) -> byt
             array = open_array(each.location / each.levels[index].path)
             panels.append(_over(grey, np.asarray(array[region.slices]).reshape(grey.shape[:2]), each))
     gap = np.full((grey.shape[0], _GAP, 3), 255, dtype=np.uint8)
-    strip = [part for panel in panels for part in (panel, gap)][:-1]
-    return bytes(imagecodecs.png_encode(np.ascontiguousarray(np.concatenate(strip, axis=1))))
+    strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+    enlarged = max(1, _LARGEST // max(grey.shape))
+    return bytes(imagecodecs.png_encode(strip.repeat(enlarged, axis=0).repeat(enlarged, axis=1)))
 
 
 def _region(shape: tuple[int, ...]) -> Box:

@@ -28,6 +28,7 @@ from pipeline.unet.settings import LARGEST_CLASS, UNetSettings, closed_form_rule
 
 RESIDENT_BYTES = 2**29
 _SIZE_TOLERANCE = 1.5
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class TrainResult:
         return {
             "model": self.path, "sha256": self.model.digest, "steps": self.n_steps, "wall_s": self.wall_s,
             "best_step": self.best.step, "validation_loss": self.best.loss,
-            "parameters": sum(t.numel() for name, t in self.model.weights.items() if "running" not in name),
+            "parameters": sum(t.numel() for name, t in self.model.weights.items() if not name.endswith(_STATISTICS)),
             "classes": [{"class": name, "value": value, "validation_dice": dice} for name, value, dice in per_class],
         }  # fmt: skip
 
@@ -77,8 +78,7 @@ def train(
     truths = [open_labels(label_location(image.location, labels)) for image in opened]
     _check_alike(opened)
     values = _class_values(opened, truths)
-    shapes = [image.spatial_shape for image in opened]
-    dims = choose_dims(recipe, shapes=shapes, voxel_size_um=opened[0].voxel_size_um)
+    dims = choose_dims(recipe, shapes=[each.spatial_shape for each in opened], voxel_size_um=opened[0].voxel_size_um)
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
     learn, check = _patches(opened, truths, settings=settings, recipe=recipe, values=values)
     fitted = fit(

@@ -90,10 +90,13 @@ class Histogram:
 
     @classmethod
     def of(cls, voxels: NDArray[Any]) -> Histogram:
-        """Return the histogram of an array of any shape; NaN and infinity are refused."""
+        """Return the histogram of an array of any shape; what is no number of float32 is refused."""
         flat = voxels.ravel()
-        if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-            raise ScanError("intensities must be finite numbers, got NaN or infinity; replace them before ingest")
+        if flat.dtype.kind == "f" and not (np.abs(flat) <= np.finfo(np.float32).max).all():
+            raise ScanError(
+                "intensities must be finite numbers that fit float32, got NaN, infinity or beyond 3.4e38; "
+                "replace them before ingest"
+            )
         keys, counts = _counted(_keys(flat), dtype=flat.dtype)
         wide = flat.astype(np.float64)
         return cls(

@@ -80,12 +80,10 @@ def fit(
         optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
         for step, (x, y) in enumerate(_batches(patches, recipe, seed=seed), start=1):
             spent = (perf_counter() - begin) / (60 * minutes) if minutes else 0.0
-            rate = _rate(recipe.schedule, max((step - 1) / recipe.steps, spent))
-            optimizer.param_groups[0]["lr"] = recipe.learning_rate * rate
-
+            optimizer.param_groups[0]["lr"] = _rate(recipe, max((step - 1) / recipe.steps, spent))
             network.train()
-            loss = functional.cross_entropy(_core(network(x.to(device)), settings), y.to(device), ignore_index=IGNORED)
             optimizer.zero_grad(set_to_none=True)
+            loss = functional.cross_entropy(_core(network(x.to(device)), settings), y.to(device), ignore_index=IGNORED)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(_finite(loss.item(), step))
@@ -141,9 +139,11 @@ def _core(logits: Tensor, settings: UNetSettings) -> Tensor:
     return logits
 
 
-def _rate(schedule: Schedule, done: float) -> float:
-    """Return the part of the learning rate that is left when this part of the training is done."""
-    return 1.0 if schedule is Schedule.CONSTANT else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def _rate(recipe: Recipe, done: float) -> float:
+    """Return the learning rate when this part of the training is done."""
+    if recipe.schedule is Schedule.CONSTANT:
+        return recipe.learning_rate
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _finite(loss: float, step: int) -> float:

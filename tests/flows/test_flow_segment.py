@@ -32,4 +32,4 @@ def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server,
     assert progress.data == 100.0
     assert "| voxels | 40,000 |" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
-    assert imagecodecs.png_decode(png).shape == (40, 2 * 50 + 8, 3)
+    assert imagecodecs.png_decode(png).shape == (40 * 10, (2 * 50 + 8) * 10, 3)

@@ -45,6 +45,8 @@ def test_statistics_survive_json_and_normalise():
     assert merge([Histogram.of(np.full(9, 3, np.uint8))]).window(Normalisation.ZSCORE) == (3, 1)
 
 
-def test_nan_is_refused():
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -1e300])
+def test_what_float32_cannot_hold_is_refused(strange):
     with pytest.raises(ScanError, match="finite"):
-        Histogram.of(np.array([1.0, np.nan]))
+        Histogram.of(np.array([1.0, strange]))
+    Histogram.of(np.array([0.0, np.finfo(np.float32).max]))

@@ -1,0 +1,175 @@
+"""The verb train, from images and labels on disk to a model file that segments."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+
+from pipeline import cli
+from pipeline.compute.runner import run_serial
+from pipeline.errors import ArgumentError, RunError, StoreError
+from pipeline.ingest import ingest, ingest_labels
+from pipeline.plan import plan_segment
+from pipeline.segment import segment
+from pipeline.store.image import open_image
+from pipeline.train import train
+from pipeline.unet.model import load_model
+from pipeline.unet.recipe import Recipe
+
+RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
+
+
+def textures(shape, *, values=(3, 200), seed=0):
+    """Return intensities and labels: stripes of fine grain and of coarse grain, of the same mean and deviation."""
+    rng = np.random.default_rng(seed)
+    fine, coarse = rng.standard_normal((2, *shape))
+    for axis in range(len(shape) - 2, len(shape)):
+        coarse = coarse + np.roll(coarse, 1, axis) + np.roll(coarse, 2, axis)
+    stripe = np.broadcast_to(np.arange(shape[-1]) // 24 % 2, shape)
+    grain = np.where(stripe, fine / fine.std(), coarse / coarse.std())
+    return (1000 + 200 * grain).clip(0, 9999).astype(np.uint16), np.where(stripe, *values[::-1]).astype(np.uint8)
+
+
+def image_of(folder, name, voxels, labels, *, size=None):
+    for part, array in (("scan", voxels), ("truth", labels)):
+        tifffile.imwrite(folder / f"{name}-{part}.tif", array, photometric="minisblack")
+    image = str(folder / f"{name}.zarr")
+    ingest(str(folder / f"{name}-scan.tif"), image, voxel_size_um=size)
+    ingest_labels(str(folder / f"{name}-truth.tif"), image=image, name="truth")
+    return image
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    return image_of(tmp_path_factory.mktemp("slide"), "a", *textures((160, 144)), size=(0.5, 0.5))
+
+
+def test_a_model_learns_and_segments_a_slide_it_has_not_seen(slide, tmp_path):
+    told = []
+    result = train(
+        [slide], labels="truth", model=str(tmp_path / "m.safetensors"), recipe=RECIPE, on_progress=told.append
+    )
+    assert min(result.best.dice) > 0.9
+    assert [each.step for each in told] == [20, 40, 60]
+    model = load_model(tmp_path / "m.safetensors")
+    assert model.digest == result.model.digest
+    assert (model.class_values, model.classes) == ((3, 200), ("class 3", "class 200"))
+    assert model.voxel_size_um == (0.5, 0.5)
+    assert model.settings.dims == 2
+
+    voxels, truth = textures((100, 160), seed=9)
+    other = image_of(tmp_path, "b", voxels, truth)
+    plan = plan_segment(other, model=str(tmp_path / "m.safetensors"), name="predicted")
+    labels = np.asarray(segment(plan, run=run_serial).labels.array[:, :])
+    assert (np.array(model.class_values)[labels] == truth).mean() > 0.9
+
+
+def test_the_record_tells_what_the_model_was_made_from(slide, tmp_path):
+    recipe = replace(RECIPE, steps=2, validate_every=1)
+    train([slide], labels="truth", model=str(tmp_path / "m"), recipe=recipe, seed=7)
+    record = load_model(tmp_path / "m").training
+    about = record["images"][0]
+    assert record["recipe"] == json.loads(json.dumps(recipe.to_json()))
+    assert (record["seed"], record["steps"], len(record["curve"])) == (7, 2, 2)
+    assert (about["image"], about["labels"], about["shape"]) == ("a.zarr", "truth", [160, 144])
+    assert about["held_out"] == {"start": [128, 0], "stop": [160, 144]}
+    assert about["statistics"][0] == open_image(slide).statistics[0].to_json()
+    assert set(record["versions"]) == {"haloseg", "torch", "numpy"}
+
+
+def test_the_same_seed_makes_the_same_file(slide, tmp_path):
+    recipe = replace(RECIPE, steps=3)
+    paths = [tmp_path / name for name in "abc"]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        train([slide], labels="truth", model=str(path), recipe=recipe, seed=seed)
+    first, again, other = (path.read_bytes() for path in paths)
+    assert first == again
+    assert first != other
+
+
+def test_slices_of_a_thin_volume_train_a_2d_network(tmp_path):
+    image = image_of(tmp_path, "v", *textures((6, 64, 96)), size=(0.05, 0.004, 0.004))
+    result = train([image], labels="truth", model=str(tmp_path / "m"), recipe=RECIPE)
+    assert result.model.settings.dims == 2
+    assert min(result.best.dice) > 0.9
+    assert result.model.training["images"][0]["held_out"]["start"] == [5, 0, 0]
+
+
+def test_a_cube_trains_a_3d_network_and_arrays_too_large_for_memory_stay_on_disk(tmp_path, monkeypatch):
+    image = image_of(tmp_path, "v", *textures((20, 40, 72)), size=(0.01, 0.01, 0.01))
+    recipe = replace(RECIPE, depth=1, patch=16, steps=3, batch=2)
+    train([image], labels="truth", model=str(tmp_path / "memory"), recipe=recipe)
+    monkeypatch.setattr("pipeline.train.RESIDENT_BYTES", 0)
+    result = train([image], labels="truth", model=str(tmp_path / "disk"), recipe=recipe)
+    assert result.model.settings.dims == 3
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
+
+
+def test_several_images_share_their_classes(slide, tmp_path):
+    voxels, labels = textures((64, 96), values=(3, 90), seed=2)
+    other = image_of(tmp_path, "b", voxels, labels)
+    result = train([slide, other], labels="truth", model=str(tmp_path / "m"), recipe=replace(RECIPE, steps=2))
+    assert result.model.class_values == (3, 90, 200)
+    assert len(result.model.training["images"]) == 2
+
+
+def test_images_that_do_not_belong_together_are_refused(slide, tmp_path):
+    coarse = image_of(tmp_path, "c", *textures((40, 48)), size=(2.0, 2.0))
+    volume = image_of(tmp_path, "v", *textures((4, 40, 48)))
+    for other, message in ((coarse, "same voxel size, got"), (volume, "same channels and axes, got")):
+        with pytest.raises(ArgumentError, match=message):
+            train([slide, other], labels="truth", model=str(tmp_path / "m"), recipe=RECIPE)
+    with pytest.raises(ArgumentError, match="at least one image"):
+        train([], labels="truth", model=str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path):
+    voxels, _ = textures((40, 48))
+    instances = np.arange(40 * 48).reshape(40, 48).astype(np.uint32)
+    for name, labels, message in (
+        ("i", instances, "2 to 255 different values, got more .* boundary and interior"),
+        ("z", np.zeros((40, 48), np.uint8), r"at least 2 different values, got \[0\]"),
+    ):
+        image = image_of(tmp_path, name, voxels, labels)
+        with pytest.raises(ArgumentError, match=message):
+            train([image], labels="truth", model=str(tmp_path / "m"))
+
+
+def test_labels_and_images_that_are_missing_are_refused(slide, tmp_path):
+    with pytest.raises(StoreError, match="the image has: truth"):
+        train([slide], labels="other", model=str(tmp_path / "m"))
+    with pytest.raises(StoreError, match="must be made by haloseg"):
+        train([str(tmp_path / "none.zarr")], labels="truth", model=str(tmp_path / "m"))
+
+
+def test_a_training_that_fails_writes_nothing_and_keeps_the_model_before(slide, tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(b"the model before")
+    with pytest.raises(RunError, match="loss must stay finite"):
+        train([slide], labels="truth", model=str(path), recipe=replace(RECIPE, learning_rate=1e30, batch_norm=False))
+    assert path.read_bytes() == b"the model before"
+    assert [each.name for each in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_command_prints_one_document_and_progress_on_stderr(slide, tmp_path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("width = 2\ndepth = 1\npatch = 16\nbatch = 2\nsteps = 4\nvalidate_every = 2\n")
+    arguments = ["train", slide, "--labels", "truth", "--model", str(tmp_path / "m"), "--recipe", str(recipe)]
+    assert cli.main([*arguments, "--device", "cpu", "--json"]) == 0
+    printed = capsys.readouterr()
+    document = SimpleNamespace(**json.loads(printed.out))
+    assert (document.steps, document.classes[1]["value"]) == (4, 200)
+    assert document.sha256 == load_model(tmp_path / "m").digest
+    assert printed.err.count("held out") == 2
+
+
+def test_the_command_refuses_a_bad_recipe_in_one_line(slide, tmp_path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("colour = 1")
+    arguments = ["train", slide, "--labels", "truth", "--model", str(tmp_path / "m"), "--recipe", str(recipe)]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1

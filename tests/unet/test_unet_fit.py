@@ -1,0 +1,129 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import BudgetError, RunError
+from pipeline.geometry.box import Box
+from pipeline.unet.fit import _rate, fit, training_rule, validate
+from pipeline.unet.network import UNet
+from pipeline.unet.patches import Patches, Source, orientations
+from pipeline.unet.recipe import Recipe, Schedule
+from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+
+RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
+
+
+def textures(shape, *, seed=0):
+    """Return intensities and labels: fine grain (1) in stripes of coarse grain (0), of the same mean and deviation."""
+    rng = np.random.default_rng(seed)
+    fine, coarse = rng.standard_normal((2, *shape))
+    for axis in range(len(shape)):
+        coarse = coarse + np.roll(coarse, 1, axis) + np.roll(coarse, 2, axis)
+    labels = np.broadcast_to((np.arange(shape[-1]) // 24 % 2), shape).astype(np.uint8)
+    grain = np.where(labels, fine / fine.std(), coarse / coarse.std())
+    return (100 + 20 * grain).clip(0, 255).astype(np.uint8)[None], labels
+
+
+def patches_of(shape, settings, recipe=RECIPE) -> tuple[Patches, Patches]:
+    image, labels = textures(shape)
+    rule, core = training_rule(settings), (recipe.patch_core(settings),) * settings.dims
+    cut = shape[0] * 3 // 4
+    regions = Box((0,) * len(shape), (cut, *shape[1:])), Box((cut, *(0,) * (len(shape) - 1)), shape)
+    learn, check = (Source(image, labels, ((100.0, 0.05),), region) for region in regions)
+    turns = orientations(core, halo=rule.halo, voxel_size_um=None)
+    patches = Patches((learn,), core, rule.halo, (0, 1), settings.dims, turns, recipe.contrast)
+    return patches, replace(patches, sources=(check,), turns=turns[:1], contrast=0.0)
+
+
+def fitted(settings, *, shape=(128, 144), recipe=RECIPE, seed=0, **more):
+    learn, check = patches_of(shape, settings, recipe)
+    return fit(settings, learn, validation=check, recipe=recipe, device="cpu", seed=seed, **more)
+
+
+@pytest.mark.parametrize("padding", Padding)
+def test_textures_are_learnt_in_seconds(padding):
+    recipe = replace(RECIPE, padding=padding)
+    result = fitted(recipe.network(dims=2, in_channels=1, n_classes=2), recipe=recipe)
+    assert min(result.best.dice) > 0.9
+    assert result.n_steps == 60
+    assert [each.step for each in result.curve] == [20, 40, 60]
+    assert result.best.loss == min(each.loss for each in result.curve)
+
+
+def test_textures_are_learnt_in_volumes():
+    recipe = replace(RECIPE, depth=1, patch=16, steps=40, batch=2)
+    result = fitted(recipe.network(dims=3, in_channels=1, n_classes=2), shape=(32, 40, 72), recipe=recipe)
+    assert min(result.best.dice) > 0.9
+
+
+def test_the_same_seed_gives_the_same_weights_and_no_other_does():
+    settings, recipe = RECIPE.network(dims=2, in_channels=1, n_classes=2), replace(RECIPE, steps=4)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = (fitted(settings, recipe=recipe, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.curve == again.curve
+    assert all(torch.equal(t, again.weights[name]) for name, t in first.weights.items())
+    assert not torch.equal(first.weights["head.weight"], other.weights["head.weight"])
+
+
+def test_the_kept_weights_are_those_of_the_best_validation():
+    # a rate at which the loss jumps up and down: the last weights are not the best
+    recipe = replace(RECIPE, learning_rate=0.3, schedule=Schedule.CONSTANT, validate_every=1, steps=12)
+    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
+    result = fitted(settings, recipe=recipe)
+    assert result.best.step < 12
+    stopped = fitted(settings, recipe=replace(recipe, steps=result.best.step))
+    assert all(torch.equal(t, stopped.weights[name]) for name, t in result.weights.items())
+
+
+def test_minutes_end_a_training_early_and_progress_is_told():
+    told = []
+    recipe = replace(RECIPE, steps=10**6, validate_every=10**6)
+    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
+    result = fitted(settings, recipe=recipe, minutes=1 / 60, on_progress=told.append)
+    assert 0 < result.n_steps < 10**4
+    assert told == list(result.curve)
+    assert told[-1].step == result.n_steps
+
+
+def test_a_class_that_no_one_has_has_no_dice():
+    settings = RECIPE.network(dims=2, in_channels=1, n_classes=3)
+    network = UNet(settings)
+    with torch.no_grad():
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.tensor([0.0, 1.0, -100.0]))
+    _, check = patches_of((128, 144), settings)
+    found = validate(network, check, device="cpu", step=0, train_loss=0.0)
+    assert found.dice == (0.0, pytest.approx(2 / 3, abs=0.05), None)  # all is called 1, half of it is
+    log_sum = np.log(1 + np.e)
+    assert found.loss == pytest.approx((log_sum + log_sum - 1) / 2, abs=0.05)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    recipe = replace(RECIPE, learning_rate=1e30, batch_norm=False)
+    with pytest.raises(RunError, match=r"loss must stay finite, got .* lower learning_rate"):
+        fitted(recipe.network(dims=2, in_channels=1, n_classes=2), recipe=recipe)
+
+
+def test_a_batch_that_does_not_fit_the_device_is_refused(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", full)
+    with pytest.raises(BudgetError, match=r"batch 4 and patch 32 .* set smaller ones"):
+        fitted(RECIPE.network(dims=2, in_channels=1, n_classes=2))
+
+
+def test_the_rate_falls_along_a_cosine_from_all_to_nothing():
+    cosine, constant = (Recipe(learning_rate=0.4, schedule=each) for each in (Schedule.COSINE, Schedule.CONSTANT))
+    assert [_rate(cosine, done) for done in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.4, 0.2, 0, 0])
+    assert _rate(constant, 0.7) == 0.4
+
+
+def test_patches_of_valid_networks_have_the_halo_of_inference():
+    valid, same = (UNetSettings(dims=2, depth=3, padding=padding) for padding in Padding)
+    assert training_rule(valid) == closed_form_rule(valid)
+    assert training_rule(same).halo == (0, 0)
