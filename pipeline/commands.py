@@ -122,7 +122,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401
 def _runner(args: Namespace, *, n_missing: int) -> AbstractContextManager[RunBlocks]:
     """Return what runs the blocks: this process where one is enough, else Dask workers."""
     n_workers = args.workers or min(os.cpu_count() or 1, 8)
-    if args.cluster == "local" and min(n_workers, n_missing) <= 1:
+    if not n_missing or (args.cluster == "local" and min(n_workers, n_missing) <= 1):
         return nullcontext(run_serial)
     runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.cluster:open_runner")(
         cluster=args.cluster, n_workers=min(n_workers, max(1, n_missing))

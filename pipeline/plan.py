@@ -36,7 +36,7 @@ class Plan:
     ----------
     rule : the network's rule over the image's spatial axes
     grid : one block per shard of the label volume
-    tile_shape : what enters the network, voxels along the image's spatial axes
+    tile_shape : what enters the network at once, along the image's spatial axes; slices first for a 2-D network
     peak_bytes : activations, weights and block buffers of one worker, without the interpreter and its libraries
     halo_overhead : voxels that enter the network per voxel of the scan
     bytes_read : uncompressed, halos counted each time they are read
@@ -102,11 +102,12 @@ def plan_segment(
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
     buffers = _buffer_bytes(grid, of, n_likely)
     tile_shape = _tile(network, grid, slices=slices, tile=tile, budget_bytes=budget_bytes - buffers)
+    activations = peak_bytes(network.settings, tile_shape[slices:], n_slices=prod(tile_shape[:slices]))
     core = rule.core_shape(tile_shape)
     n_tiles, entering, read = _counts(grid, rule, core)
     return Plan(
         of, network, model, labels, likely, rule, grid, tile_shape, device, n_tiles,
-        buffers + peak_bytes(network.settings, tile_shape[slices:]), budget_bytes, entering / prod(grid.shape),
+        buffers + activations, budget_bytes, entering / prod(grid.shape),
         read * of.n_channels * of.array.dtype.itemsize,
         prod(grid.shape) * (1 + 4 * n_likely),
     )  # fmt: skip
@@ -136,17 +137,31 @@ def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> No
 def _tile(
     model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int
 ) -> tuple[int, ...]:
-    """Return the tile along the image's spatial axes; a 2-D network takes slices one by one."""
+    """Return the tile along the image's spatial axes; of a volume a 2-D network takes as many slices as fit at once."""
     if tile is None:
-        chosen = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:])
-        return (1,) * slices + chosen
-    every = given_tile(model, tile)
-    if (needed := peak_bytes(model.settings, every)) > budget_bytes:
-        raise BudgetError(
-            f"the tile must fit the budget, got {needed:,} bytes for tile {every} where {max(0, budget_bytes):,} are "
-            "left; use a smaller tile or raise --budget"
-        )
-    return (1,) * slices + every
+        shape = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:])
+    else:
+        shape = _within_block(model, given_tile(model, tile), grid.core_shape[slices:])
+        if (needed := peak_bytes(model.settings, shape)) > budget_bytes:
+            raise BudgetError(
+                f"the tile must fit the budget, got {needed:,} bytes for tile {shape} where {max(0, budget_bytes):,} "
+                "are left; use a smaller tile or raise --budget"
+            )
+    if not slices:
+        return shape
+    n = 1
+    while 2 * n <= grid.core_shape[0] and peak_bytes(model.settings, shape, n_slices=2 * n) <= budget_bytes:
+        n *= 2
+    return (n, *shape)
+
+
+def _within_block(model: Model, tile: tuple[int, ...], core_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tile, cut to the block's core where it is larger, and say so."""
+    core = model.rule.core_shape(tile)
+    cut = model.rule.tile_shape(tuple(min(a, b) for a, b in zip(core, core_shape, strict=True)))
+    if cut != tile:
+        log.warning("the tile %s is larger than a block with its halo: it is cut to %s", tile, cut)
+    return cut
 
 
 def given_tile(model: Model, tile: tuple[int, ...]) -> tuple[int, ...]:

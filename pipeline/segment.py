@@ -69,6 +69,7 @@ class SegmentBlocks:
         predictor = Predictor(
             build(model, self.device), model.rule, windows=windows, device=self.device,
             tile_shape=self.tile_shape[-model.settings.dims :],
+            n_slices=prod(self.tile_shape[: -model.settings.dims]),
         )
         probabilities = open_array(self.probabilities) if self.probabilities else None
         return image.array, predictor, open_array(self.labels), probabilities

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.unet  # noqa: F401 settles how torch's threads wait, before a test module imports torch
+
 
 @pytest.fixture(scope="session")
 def data() -> Path:
