@@ -115,7 +115,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401
         "block_shape": list(what.grid.core_shape), "tiles": what.n_tiles, "tile_shape": list(what.tile_shape),
         "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
         "halo_overhead": what.halo_overhead, "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
-        "peak_bytes_per_worker": what.peak_bytes, "budget_bytes": what.budget_bytes, "device": what.device,
+        "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes, "device": what.device,
     }  # fmt: skip
 
 

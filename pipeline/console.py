@@ -80,15 +80,20 @@ def show(document: Mapping[str, Any], *, as_json: bool) -> None:
     for key, value in document.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             continue
-        plain.add_row(key.replace("_", " "), Text(readable(key, value)))
+        plain.add_row(titled(key), Text(readable(key, value)))
     console.print(plain)
     for value in document.values():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             console.print(_rows(value))
 
 
+def titled(key: str) -> str:
+    """Return a key as people read it; the unit of bytes and lengths stands with the value."""
+    return key.removesuffix("_bytes").removesuffix("_shape").replace("_", " ")
+
+
 def readable(key: str, value: Any) -> str:  # noqa: ANN401 whatever JSON holds
-    """Return a value as people read it, with its unit by the key's ending."""
+    """Return a value as people read it, with its unit by the key's ending; --json has what is nested deeper."""
     if value is None:
         return "-"
     if isinstance(value, int) and "bytes" in key:
@@ -98,18 +103,19 @@ def readable(key: str, value: Any) -> str:  # noqa: ANN401 whatever JSON holds
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list):
-        return " x ".join(readable("", v) for v in value) if key.endswith(("shape", "size_um", "chunk", "shard")) else (
-            ", ".join(readable("", v) for v in value)
-        )
+        extent = key.endswith(("shape", "size_um", "chunk", "shard"))
+        inner = "shape" if value and isinstance(value[0], list) else ""
+        return (" x " if extent else ", ").join(readable(inner, v) for v in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {readable(k, v)}" for k, v in value.items())
+        plain = {k: v for k, v in value.items() if not isinstance(v, list | Mapping)}
+        return ", ".join(f"{titled(k)} {readable(k, v)}" for k, v in (plain or value).items())
     return str(value)
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for key in rows[0]:
-        table.add_column(key.replace("_", " "))
+        table.add_column(titled(key))
     for row in rows:
         table.add_row(*(Text(readable(key, value)) for key, value in row.items()))
     return table

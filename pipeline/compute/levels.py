@@ -35,9 +35,14 @@ class LevelBlocks:
         source, target = state
         core = self.grid.block(index).core
         begin = perf_counter()
-        voxels = read_downsampled(
-            source, core, factors=self.factors, how=self.how, depth=target.chunks[target.ndim - core.ndim]
-        )
+        depth = target.chunks[target.ndim - core.ndim]
+        try:
+            voxels = read_downsampled(source, core, factors=self.factors, how=self.how, depth=depth)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.source} is damaged above voxels {core.start} to {core.stop} of the next level ({error}); "
+                "delete those shards and run the same command again"
+            ) from error
         middle = perf_counter()
         with storage_errors(self.target):
             write_shard(target, core, voxels, location=self.target)
