@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = parser().parse_args(arguments)
-    handler = RichHandler(console=STDERR, show_time=False, show_path=False, show_level=False)
+    handler = RichHandler(logging.WARNING, console=STDERR, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     for name in ("distributed", "tifffile", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

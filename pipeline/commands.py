@@ -21,7 +21,7 @@ Document = dict[str, Any]
 
 def demo(args: Namespace) -> Document:
     """Run the demo's flow."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")  # the UI keeps all of it
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     document: Document = resolve_name("flows.demo:demo")(args.folder)
     return document
