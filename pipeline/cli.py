@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--cluster", default="local", metavar="local|ADDRESS", help="run here, or on a Dask scheduler (tcp://host:8786)"
     )
-    cluster.add_argument("--workers", type=_positive, metavar="N", help="local worker processes (default: the cores)")
+    workers_help = "local processes (default: the cores; ingest: 1)"
+    cluster.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     verbs = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def verb(name: str, help_text: str, *parents: _Parser) -> _Parser:
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = verb("demo", "the main job on the scan that ships: ingest, segment, evaluate, picture")
     demo.add_argument("folder", nargs="?", default="haloseg-demo", metavar="DIR")
-    _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image"))
+    _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image", cluster))
     verb("info", "tell what a scan, an image or labels are").add_argument("path", metavar="PATH")
     _add_train(verb("train", "train a U-Net on images and their labels"))
     verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")

@@ -32,17 +32,17 @@ def ingest(args: Namespace) -> Document:
     if args.labels_of:
         if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
             raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
-        with bars(shown=True) as watch:
+        with bars(shown=True) as watch, _ingest_runner(args) as run:
             labels = resolve_name("pipeline.ingest:ingest_labels")(
-                args.scan, image=args.labels_of, name=args.name, watch=watch
+                args.scan, image=args.labels_of, name=args.name, run=run, watch=watch
             )
         return _described(str(labels.location))
     if not args.image or args.name:
         raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
-    with bars(shown=True) as watch:
+    with bars(shown=True) as watch, _ingest_runner(args) as run:
         image = resolve_name("pipeline.ingest:ingest")(
             args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
-            overwrite=args.overwrite, watch=watch,
+            overwrite=args.overwrite, run=run, watch=watch,
         )  # fmt: skip
     return _described(str(image.location))
 
@@ -121,10 +121,19 @@ def _planned(what: Any) -> Document:  # noqa: ANN401
 
 def _runner(args: Namespace, *, n_missing: int) -> AbstractContextManager[RunBlocks]:
     """Return what runs the blocks: this process where one is enough, else Dask workers."""
-    n_workers = args.workers or min(os.cpu_count() or 1, 8)
-    if not n_missing or (args.cluster == "local" and min(n_workers, n_missing) <= 1):
+    n_workers = min(args.workers or min(os.cpu_count() or 1, 8), n_missing)
+    return _opened(args.cluster, n_workers) if n_missing else nullcontext(run_serial)
+
+
+def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
+    """Return what runs the blocks of an ingest, whose number is not known yet: this process, unless told otherwise."""
+    return _opened(args.cluster, args.workers or 1)
+
+
+def _opened(cluster: str, n_workers: int) -> AbstractContextManager[RunBlocks]:
+    if cluster == "local" and n_workers == 1:
         return nullcontext(run_serial)
     runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.cluster:open_runner")(
-        cluster=args.cluster, n_workers=min(n_workers, max(1, n_missing))
+        cluster=cluster, n_workers=n_workers
     )
     return runner

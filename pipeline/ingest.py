@@ -82,8 +82,8 @@ def ingest(
     ------
     InputError : the scan cannot be read, or ``image`` holds something else; nothing was written.
     """
-    array = open_scan(scan)
-    target, size = Location(str(image)), voxel_size_um or array.attrs.get("voxel_size_um")
+    array = open_scan(scan := _absolute(scan))
+    target, size = Location(str(image)).absolute(), voxel_size_um or array.attrs.get("voxel_size_um")
     _check_intensities(array, scan)
     shape = tuple(array.sizes[d] for d in _spatial(array))
     size = _per_axis(size, shape, "voxel size") if size else None
@@ -106,9 +106,9 @@ def ingest_labels(
     scan: str, *, image: str, name: str, run: RunBlocks = run_serial, watch: Watcher = UNWATCHED
 ) -> Labels:
     """Make the label volume ``name`` of an image from any scan of integers of the image's shape."""
-    of = open_image(image)
+    of = open_image(Location(str(image)).absolute())
     target = label_location(of.location, name)
-    array = open_scan(scan)
+    array = open_scan(scan := _absolute(scan))
     shape = tuple(array.sizes[d] for d in _spatial(array))
     if array.dtype.kind not in "iub":
         raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
@@ -264,6 +264,11 @@ def _per_axis(sizes: tuple[Any, ...] | None, shape: tuple[int, ...], what: str) 
     if len(every) != len(shape) or min(every) <= 0:
         raise ArgumentError(f"{what} needs {len(shape)} numbers above 0, or one for all, got {sizes}; give so many")
     return every
+
+
+def _absolute(scan: str) -> str:
+    """Return the scan's path for the workers of a cluster, which run in folders of their own."""
+    return str(Location(str(scan)).absolute())
 
 
 def _listed(size: tuple[float, ...] | None) -> list[float] | None:

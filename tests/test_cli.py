@@ -58,6 +58,14 @@ def test_every_tile_and_number_of_workers_gives_the_same_bytes(tmp_path, image, 
     assert len(digests[0]) == 24
 
 
+def test_an_ingest_by_workers_gives_the_same_bytes(tmp_path, scan, image, capsys):
+    again = tmp_path / "again.zarr"
+    printed(capsys, "ingest", scan, again, "--chunk", "16", "--shard", "16", "--workers", "2")
+    ours, theirs = (tree_digest(each, without=("zarr.json",)) for each in (again, image))
+    assert ours == theirs
+    assert len(ours) == 24
+
+
 def test_a_scan_is_ingested_beside_itself(tmp_path, scan, capsys):
     model = model_file(tmp_path / "model.safetensors")
     document = printed(capsys, "segment", scan, "--model", model, "--name", "x")
