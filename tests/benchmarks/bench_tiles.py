@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pipeline.unet.predict import Predictor
 
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.unet.network import UNet
+from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 
 CASES = {
