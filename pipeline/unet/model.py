@@ -20,7 +20,7 @@ from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.network import UNet
+from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import UNetSettings, closed_form_rule
 
 FORMAT = 1
@@ -119,6 +119,7 @@ def build(model: Model, device: str) -> UNet:
     with torch.device("meta"):
         network = UNet(model.settings)
     network.load_state_dict(model.weights, assign=True)
+    network.to(memory_format=channels_last(model.settings.dims))  # type: ignore[call-overload]
     return network.to(device).eval().requires_grad_(False)
 
 

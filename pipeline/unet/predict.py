@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.network import UNet, classes_of
+from pipeline.unet.network import UNet, channels_last, classes_of
 
 log = logging.getLogger("haloseg")
 
@@ -121,7 +121,7 @@ class Predictor:
         tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
         x = self._normalised(raw[(slice(None), *tile.slices)])
         x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
-        logits = self.network(x)
+        logits = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
         inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)
         for axis, (trim, n) in enumerate(inner, start=2):
             logits = logits.narrow(axis, trim, n)

@@ -76,6 +76,7 @@ def test_a_built_network_infers_and_does_not_learn(tmp_path):
     x = torch.randn(1, 2, 20, 20)
     reference = UNet(SETTINGS)
     reference.load_state_dict(model.weights)
+    reference.to(memory_format=torch.channels_last)
     assert torch.equal(network(x), reference.eval()(x))
 
 
