@@ -76,7 +76,7 @@ def segment(args: Namespace) -> Document:
             args.image, model=args.model, name=args.name, tile=args.tile, watch=watch
         )
         what = _plan(args, image, name=args.name)
-        with _runner(args, n_missing=len(what.grid) - len(what.done())) as run:
+        with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
             result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
     return {
         "labels": str(result.labels.location), "shape": list(result.labels.spatial_shape),
@@ -119,9 +119,10 @@ def _planned(what: Any) -> Document:  # noqa: ANN401
     }  # fmt: skip
 
 
-def _runner(args: Namespace, *, n_missing: int) -> AbstractContextManager[RunBlocks]:
-    """Return what runs the blocks: this process where one is enough, else Dask workers."""
-    n_workers = min(args.workers or min(os.cpu_count() or 1, 8), n_missing)
+def _runner(args: Namespace, *, n_missing: int, device: str) -> AbstractContextManager[RunBlocks]:
+    """Return what runs the blocks: this process where one is enough, else Dask workers; a GPU serves one process."""
+    usual = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+    n_workers = min(args.workers or usual, n_missing)
     return _opened(args.cluster, n_workers) if n_missing else nullcontext(run_serial)
 
 
