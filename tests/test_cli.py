@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import tifffile
+from clusters import processes
 from volumes import model_file, scan_file, tree_digest
 
 from pipeline.cli import main
@@ -56,6 +57,21 @@ def test_every_tile_and_number_of_workers_gives_the_same_bytes(tmp_path, image, 
         digests.append(tree_digest(image / "labels" / f"n{number}", without=("zarr.json",)))
     assert all(digest == digests[0] for digest in digests)
     assert len(digests[0]) == 24
+
+
+def test_a_running_cluster_gives_the_same_bytes_also_for_relative_paths(tmp_path, image, capsys, monkeypatch):
+    model_file(tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    segment = ["segment", image.name, "--model", "model.safetensors", "--name"]
+    printed(capsys, *segment, "here", "--workers", "1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with processes(elsewhere) as cluster:
+        cluster.worker()
+        cluster.worker()
+        assert printed(capsys, *segment, "there", "--cluster", cluster.address)["blocks_run"] == 24
+    here, there = (tree_digest(image / "labels" / name, without=("zarr.json",)) for name in ("here", "there"))
+    assert here == there
 
 
 def test_an_ingest_by_workers_gives_the_same_bytes(tmp_path, scan, image, capsys):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,56 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clusters import children, processes
 from compute_works import Scripted
 
 from pipeline.compute import cluster
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import run_serial
 from pipeline.errors import ClusterError, RunError
-
-
-class Processes:
-    """A real scheduler and its workers on the loopback device."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file = folder / "scheduler.json"
-        self._all: list[subprocess.Popen[bytes]] = []
-        self.scheduler = self._start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", self._file)
-        until = time.monotonic() + 30
-        while not self._file.exists() or not self._file.read_text():
-            assert time.monotonic() < until, "no scheduler"
-            time.sleep(0.05)
-        self.address = json.loads(self._file.read_text())["address"]
-
-    def worker(self, *options: str) -> subprocess.Popen[bytes]:
-        where = ("--local-directory", self._folder, "--no-dashboard", "--memory-limit", "0")
-        return self._start("worker", self.address, *where, *options)
-
-    def _start(self, what: str, *options: object) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--host", "127.0.0.1", *map(str, options)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._all.append(process)
-        return process
-
-    def close(self) -> None:
-        for process in reversed(self._all):
-            for each in (*children(process), process):
-                each.kill()
-            process.wait(30)
-
-
-def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-
-
-@contextmanager
-def processes(folder: Path):
-    started = Processes(folder)
-    try:
-        yield started
-    finally:
-        started.close()
 
 
 def blocks(folder: Path) -> dict[str, bytes]:
@@ -165,6 +121,7 @@ def test_a_scheduler_without_workers_is_refused(tmp_path, monkeypatch):
 
 PROGRAM = """
 import sys
+from clusters import children, processes
 from compute_works import Scripted
 from pipeline.compute import cluster
 from pipeline.errors import PipelineError
@@ -185,7 +142,8 @@ def program(folder: Path, address: str, *, sleep_s: float):
     """Run the program in a process group of its own, as a shell does."""
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-W", "error", str(folder / "program.py"), address, str(folder), str(sleep_s)]
-    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    where = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=where)
     try:
         yield process
