@@ -55,50 +55,62 @@ class Location:
 
     def exists(self) -> bool:
         """Whether anything lies here."""
-        fs, path = self._fs()
-        return bool(fs.exists(path))
+        with self._answering() as (fs, path):
+            return bool(fs.exists(path))
 
     def files(self) -> Iterator[str]:
         """Yield the names of all files below, relative to here."""
-        fs, path = self._fs()
-        if fs.exists(path):
-            yield from (found[len(path) :].lstrip("/") for found in fs.find(path))
+        with self._answering() as (fs, path):
+            names = fs.find(path) if fs.exists(path) else []
+        yield from (found[len(path) :].lstrip("/") for found in names)
 
     def read_bytes(self) -> bytes:
         """Return the content of the file here."""
-        fs, path = self._fs()
-        content: bytes = fs.cat_file(path)
+        with self._answering() as (fs, path):
+            content: bytes = fs.cat_file(path)
         return content
 
     def write_bytes(self, content: bytes) -> None:
         """Write a file here; folders on the way are made."""
-        fs, path = self._fs()
-        fs.makedirs(fs._parent(path), exist_ok=True)
-        fs.pipe_file(path, content)
+        with self._answering() as (fs, path):
+            fs.makedirs(fs._parent(path), exist_ok=True)
+            fs.pipe_file(path, content)
 
     def read_json(self) -> dict[str, Any]:
         """Return the JSON object here; an empty one where there is no file."""
-        fs, path = self._fs()
-        if not fs.exists(path):
-            return {}
+        with self._answering() as (fs, path):
+            if not fs.exists(path):
+                return {}
+            content = fs.cat_file(path)
         try:
-            document = json.loads(fs.cat_file(path))
+            document = json.loads(content)
         except ValueError as error:
             raise StoreError(f"metadata must be JSON, got a damaged {self}; delete the folder") from error
         return document if isinstance(document, dict) else {}
 
     def delete(self) -> None:
         """Remove the file or everything below this folder; nothing happens where nothing lies."""
-        fs, path = self._fs()
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        with self._answering() as (fs, path):
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
 
-    def _fs(self) -> tuple[Any, str]:
+    @contextmanager
+    def _answering(self) -> Iterator[tuple[Any, str]]:
+        """Yield fsspec's file system and path; what a remote store dies of becomes one line."""
         try:
             fs, path = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StoreError(f"a URL must be of a kind that can be opened, got {self.url}: {error}") from error
-        return fs, path
+        try:
+            yield fs, path
+        except OSError:
+            raise
+        except Exception as error:
+            cause = " ".join(str(error).split())
+            raise StorageError(
+                f"storage must answer at {self.url}, got {type(error).__name__}: {cause}; mend address or credentials "
+                "and run the same command again"
+            ) from error
 
 
 @contextmanager

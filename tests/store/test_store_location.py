@@ -1,6 +1,8 @@
 import errno
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import StorageError, StoreError
 from pipeline.store.location import Location, storage_errors
@@ -28,6 +30,23 @@ def test_memory_urls_work_as_folders_do():
 ])  # fmt: skip
 def test_parents(path, parent, name):
     assert (Location(path).parent.url, Location(path).name) == (parent, name)
+
+
+class Mute(MemoryFileSystem):
+    """A store that refuses every answer, as one without credentials does."""
+
+    protocol = "mute"
+
+    def exists(self, path, **options):
+        raise RuntimeError("Unable to\nlocate credentials")
+
+
+def test_a_store_that_does_not_answer_is_one_line():
+    fsspec.register_implementation("mute", Mute, clobber=True)
+    location = Location("mute://bucket/scan.zarr")
+    for ask in (location.exists, location.read_json, location.delete, lambda: list(location.files())):
+        with pytest.raises(StorageError, match=r"storage must answer at mute://.*Unable to locate credentials"):
+            ask()
 
 
 def test_damaged_metadata_is_one_line(tmp_path):
