@@ -78,6 +78,8 @@ def train(
     truths = [open_labels(label_location(image.location, labels)) for image in opened]
     _check_alike(opened)
     values = _class_values(opened, truths)
+    if recipe.classes and len(recipe.classes) != len(values):
+        raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
     dims = choose_dims(recipe, shapes=[each.spatial_shape for each in opened], voxel_size_um=opened[0].voxel_size_um)
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
     learn, check = _patches(opened, truths, settings=settings, recipe=recipe, values=values)
@@ -86,7 +88,7 @@ def train(
         on_progress=on_progress,
     )
     record = _record(opened, truths, recipe=recipe, seed=seed, fitted=fitted, device=device)
-    names = tuple(_class_name(truths[0], value) for value in values)
+    names = recipe.classes or tuple(_class_name(truths[0], value) for value in values)
     made = Model(
         settings, names, values, recipe.normalisation, tuple(map(str, range(settings.in_channels))),
         opened[0].voxel_size_um, closed_form_rule(settings), record, fitted.weights,

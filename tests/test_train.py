@@ -67,6 +67,15 @@ def test_a_model_learns_and_segments_a_slide_it_has_not_seen(slide, tmp_path):
     assert (np.array(model.class_values)[labels] == truth).mean() > 0.9
 
 
+def test_classes_are_called_what_the_recipe_says(slide, tmp_path):
+    quick = replace(RECIPE, steps=1, classes=("fine", "coarse"))
+    result = train([slide], labels="truth", model=str(tmp_path / "m"), recipe=quick)
+    assert (result.model.classes, result.model.class_values) == (("fine", "coarse"), (3, 200))
+    with pytest.raises(ArgumentError, match=r"classes must name the values \(3, 200\), got \('one',\)"):
+        train([slide], labels="truth", model=str(tmp_path / "other"), recipe=replace(RECIPE, classes=("one",)))
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_record_tells_what_the_model_was_made_from(slide, tmp_path):
     recipe = replace(RECIPE, steps=2, validate_every=1)
     train([slide], labels="truth", model=str(tmp_path / "m"), recipe=recipe, seed=7)

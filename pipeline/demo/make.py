@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline import cli
 from pipeline.scans.backend import open_scan
-from pipeline.unet.model import load_model, save_model
 
-CLASSES = ("boundary", "interior")
 SHIPPED = (slice(0, 96), slice(0, 160), slice(0, 160))
 LEARNED = (slice(100, 175), slice(None), slice(None))
 
@@ -58,11 +55,7 @@ def make(data: Path, *, folder: Path) -> int:
             ["train", image, "--labels", "interior", "--model", str(folder / "model.safetensors"),
              "--recipe", str(folder / "recipe.toml")],
         ]  # fmt: skip
-        code = next((code for code in map(cli.main, commands) if code), 0)
-    if not code:
-        trained = load_model(folder / "model.safetensors")
-        save_model(replace(trained, classes=CLASSES), folder / "model.safetensors")
-    return code
+        return next((code for code in map(cli.main, commands) if code), 0)
 
 
 def _write(path: Path, voxels: NDArray[Any]) -> None:

@@ -44,6 +44,7 @@ class Recipe:
     validate_every : steps between two validations
     validation_fraction : of each image, a slab at the end of its first axis, is held out
     contrast : each patch is scaled and shifted by about this part of the network's scale
+    classes : names of the labels' values, ascending; empty takes "class 0" and so on
     """
 
     dims: int = 0
@@ -64,6 +65,7 @@ class Recipe:
     validate_every: int = 50
     validation_fraction: float = 0.2
     contrast: float = 0.1
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"dims": 0, "width": 0, "patch": 0, "batch": 0, "steps": 1, "validate_every": 1, "contrast": 0}
@@ -149,6 +151,10 @@ def _typed(name: str, value: Any, kind: type) -> Any:  # noqa: ANN401 whatever T
         return kind(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind is tuple:
+        if type(value) is not list or not all(type(each) is str for each in value):
+            raise ArgumentError(f"{name} must be a list of texts, got {value!r}; correct it")
+        return tuple(value)
     if type(value) is not kind:
         raise ArgumentError(f"{name} must be of type {kind.__name__}, got {value!r}; correct it")
     return value

@@ -25,6 +25,7 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ('padding = "mirror"', "padding must be one of valid, same"), ("steps = 0", "steps must be at least 1"),
         ("validation_fraction = 1.0", "between 0 and 1"), ("learning_rate = -1", "learning_rate must be above 0"),
         ("learning_rate = inf", "learning_rate must be above 0"), ("dims = 1", "dims must be 2 or 3, or 0"),
+        ("classes = [1, 2]", "classes must be a list of texts"),
         ("depth = ", "must be a TOML file"), ("contrast = -0.5", "contrast must be at least 0"),
     ],
 )
