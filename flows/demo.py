@@ -37,7 +37,7 @@ def demo(folder: str) -> dict[str, Any]:
     drawn.write_bytes(picture(open_image(image), open_labels(result.labels.location), truth=known))
     return {
         "voxels": result.n_voxels, "blocks": result.n_blocks, "blocks_run": result.n_run,
-        "voxels_per_s": result.n_voxels * result.n_run / result.n_blocks / result.wall_s,
+        "voxels_per_s": result.voxels_per_s,
         "peak_rss_bytes": result.peak_rss_bytes, **(figures.to_json() if figures else {}),
         "labels": str(result.labels.location), "picture": f"{drawn} (image, truth, labels)",
         "next": f"haloseg info {image}; haloseg segment YOUR_SCAN --model {model} --name interior",

@@ -107,10 +107,10 @@ def report_stage(image: str, result: Segmented, *, figures: Evaluated | None) ->
 
 def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes) -> str:
     """Return the report of a run in Markdown, its picture embedded."""
-    rate = quantity(result.n_voxels * result.n_run / result.n_blocks / result.wall_s)
     rows = [
         ("labels", str(result.labels.location)), ("voxels", f"{result.n_voxels:,}"),
-        ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"), ("voxels/s", rate),
+        ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
+        ("voxels/s", quantity(result.voxels_per_s)),
         ("seconds", f"{result.wall_s:.1f}"),
         ("worker seconds", f"read {result.read_s:.1f}, compute {result.compute_s:.1f}, write {result.write_s:.1f}"),
         ("peak memory of a worker", f"{result.peak_rss_bytes / 2**20:.0f} MiB"),

@@ -82,7 +82,7 @@ def segment(args: Namespace) -> Document:
         "labels": str(result.labels.location), "shape": list(result.labels.spatial_shape),
         "classes": list(result.labels.classes), "voxels": result.n_voxels, "blocks": result.n_blocks,
         "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
-        "voxels_per_s": result.n_voxels * result.n_run / result.n_blocks / result.wall_s,
+        "voxels_per_s": result.voxels_per_s,
         "read_s": result.read_s, "compute_s": result.compute_s, "write_s": result.write_s,
         "peak_rss_bytes": result.peak_rss_bytes,
     }  # fmt: skip

@@ -50,7 +50,6 @@ class Volume:
     """Integer labels of any origin, to be sliced; ``classes`` and ``class_values`` where they are known."""
 
     array: Sliceable
-    dtype: np.dtype[Any]
     path: str
     classes: tuple[str, ...] = ()
     class_values: tuple[int, ...] = ()
@@ -100,14 +99,14 @@ def open_volume(path: str) -> Volume:
     location = Location(str(path))
     if read_labels(location) is not None:
         labels = open_labels(location)
-        return Volume(labels.array, np.dtype(labels.dtype), path, labels.classes, labels.class_values)
+        return Volume(labels.array, path, labels.classes, labels.class_values)
     scan = open_scan(path)
     if scan.dtype.kind not in "iub" or "c" in scan.dims:
         raise ScanError(
             f"labels must be integers without channels, got {scan.dtype} with axes {''.join(map(str, scan.dims))} in "
             f"{path}; convert them first"
         )
-    return Volume(scan, np.dtype(scan.dtype), path)
+    return Volume(scan, path)
 
 
 def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -28,6 +28,7 @@ from pipeline.store.location import Location, storage_errors
 from pipeline.store.pyramid import Downsampling
 from pipeline.store.statistics import Histogram, merge
 
+_HISTOGRAMS = ".histograms"
 _LEFT_BY_BROWSERS = {".DS_Store", "Thumbs.db"}
 
 
@@ -93,6 +94,7 @@ def ingest(
         _delete_image(target, scan)
     there = _same_ingest(target, about)
     if there is not None and there.statistics:
+        (target / _HISTOGRAMS).delete()  # left where a kill fell right after the commit
         return there
     with _undone_by_bad_input(target, when=there is None), storage_errors(target):
         made = there or create_image(
@@ -157,14 +159,11 @@ def _files(path: str) -> list[Path]:
 
 def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
     """Copy what is missing, build the pyramid, gather the statistics, and commit."""
-    histograms = image.location / ".histograms"
+    histograms = image.location / _HISTOGRAMS
     grid = BlockGrid(image.spatial_shape, image.layout.shard)
     _copy(IngestBlocks(scan, image.location / "0", grid, histograms), run=run, watch=watch)
     _levels(image, Downsampling.MEAN, run=run, watch=watch)
-    statistics = tuple(
-        merge(_load_histogram(histograms / f"{index}.npz", channel) for index in range(len(grid)))
-        for channel in range(image.n_channels)
-    )
+    statistics = merge(_load_histograms(histograms / f"{index}.npz", image.n_channels) for index in range(len(grid)))
     sweep(image.location)
     done = commit_image(image, statistics)
     histograms.delete()
@@ -286,10 +285,13 @@ def _save_histograms(location: Location, voxels: NDArray[Any]) -> None:
     location.write_bytes(stream.getvalue())
 
 
-def _load_histogram(location: Location, channel: int) -> Histogram:
+def _load_histograms(location: Location, n_channels: int) -> tuple[Histogram, ...]:
+    """Return the histogram of each channel of one block."""
     with np.load(io.BytesIO(location.read_bytes()), allow_pickle=False) as parts:
-        sums = (float(s) for s in parts[f"sums{channel}"])
-        return Histogram(parts["dtype"].dtype, parts[f"keys{channel}"], parts[f"counts{channel}"], *sums)
+        return tuple(
+            Histogram(parts["dtype"].dtype, parts[f"keys{c}"], parts[f"counts{c}"], *map(float, parts[f"sums{c}"]))
+            for c in range(n_channels)
+        )
 
 
 

@@ -43,6 +43,11 @@ class Segmented:
     write_s: float
     peak_rss_bytes: int
 
+    @property
+    def voxels_per_s(self) -> float:
+        """Voxels segmented by this run per second that the user waited."""
+        return self.n_voxels * self.n_run / self.n_blocks / self.wall_s
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentBlocks:

@@ -83,6 +83,17 @@ def test_an_ingest_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_pa
         assert resumed.statistics == open_image(str(tmp_path / "undisturbed.zarr")).statistics
 
 
+def test_what_a_kill_right_after_the_commit_left_is_removed(tmp_path):
+    scan_file(tmp_path / "scan.tif", (40, 50))
+    scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
+    ingest(scan, image)
+    expected = tree_digest(image)
+    (tmp_path / "scan.zarr" / ".histograms").mkdir()
+    (tmp_path / "scan.zarr" / ".histograms" / "0.npz").write_bytes(b"left")
+    ingest(scan, image)
+    assert tree_digest(image) == expected
+
+
 def test_other_settings_are_not_mixed_into_an_image(tmp_path):
     scan_file(tmp_path / "scan.tif", (40, 50))
     scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")

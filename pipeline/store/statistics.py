@@ -105,27 +105,45 @@ class Histogram:
         )
 
 
-def merge(histograms: Iterable[Histogram]) -> ChannelStatistics:
-    """Return the statistics of all voxels; the same for every order of integer scans, to 1e-15 for float ones."""
-    counts: NDArray[np.int64] | None = None
-    totals: list[float] = []
-    spreads: list[tuple[int, float, float]] = []
-    minimum, maximum, dtype = np.inf, -np.inf, np.dtype(np.uint8)
-    for h in histograms:
-        if counts is None:
-            dtype = h.dtype
-            counts = np.zeros(1 << (16 if _is_exact(dtype) else _KEPT_BITS), dtype=np.int64)
-        counts[h.keys] += h.counts
-        minimum, maximum = min(minimum, h.minimum), max(maximum, h.maximum)
-        totals.append(h.total)
-        spreads.append((int(h.counts.sum()), h.total, h.spread))
-    if counts is None:
-        raise ArgumentError("statistics need at least one block, got none")
-    n = int(counts.sum())
-    mean = fsum(totals) / n
-    variance = fsum(s + n_i * (t / n_i - mean) ** 2 for n_i, t, s in spreads) / n
-    points = tuple((p, _percentile(counts, dtype, p, minimum, maximum)) for p in PERCENTILES)
-    return ChannelStatistics(n, minimum, maximum, mean, sqrt(variance), points)
+class _Channel:
+    """The sum of one channel's histograms so far."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self.counts = np.zeros(1 << (16 if _is_exact(dtype) else _KEPT_BITS), dtype=np.int64)
+        self.parts: list[tuple[int, float, float]] = []
+        self.minimum, self.maximum = np.inf, -np.inf
+
+    def add(self, h: Histogram) -> None:
+        """Add the histogram of one more block."""
+        self.counts[h.keys] += h.counts
+        self.minimum, self.maximum = min(self.minimum, h.minimum), max(self.maximum, h.maximum)
+        self.parts.append((int(h.counts.sum()), h.total, h.spread))
+
+    def statistics(self) -> ChannelStatistics:
+        """Return the statistics of all blocks."""
+        n = int(self.counts.sum())
+        mean = fsum(total for _, total, _ in self.parts) / n
+        variance = fsum(spread + m * (total / m - mean) ** 2 for m, total, spread in self.parts) / n
+        points = tuple(
+            (p, _percentile(self.counts, self.dtype, p, self.minimum, self.maximum)) for p in PERCENTILES
+        )
+        return ChannelStatistics(n, self.minimum, self.maximum, mean, sqrt(variance), points)
+
+
+def merge(blocks: Iterable[tuple[Histogram, ...]]) -> tuple[ChannelStatistics, ...]:
+    """Return the statistics of each channel from the histograms of all blocks, each read once.
+
+    The same for every order of integer scans, to 1e-15 for float ones.
+    """
+    channels: tuple[_Channel, ...] = ()
+    for histograms in blocks:
+        channels = channels or tuple(_Channel(h.dtype) for h in histograms)
+        for channel, h in zip(channels, histograms, strict=True):
+            channel.add(h)
+    if not channels:
+        raise ArgumentError("statistics need at least one block, got none; ingest the scan first")
+    return tuple(channel.statistics() for channel in channels)
 
 
 def _counted(keys: NDArray[np.uint32], *, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

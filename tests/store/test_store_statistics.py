@@ -15,7 +15,7 @@ SMALL_INTEGERS = st.sampled_from([np.uint8, np.int8, np.uint16, np.int16])
 def test_small_integers_are_exact_however_they_are_cut(voxels, random):
     parts = [p for p in np.array_split(voxels.ravel(), random.randint(1, 5)) if p.size]
     random.shuffle(parts)
-    got = merge(map(Histogram.of, parts))
+    (got,) = merge((Histogram.of(part),) for part in parts)
     assert (got.count, got.minimum, got.maximum) == (voxels.size, voxels.min(), voxels.max())
     assert got.mean == pytest.approx(voxels.mean(dtype=np.float64), rel=1e-12, abs=1e-12)
     assert got.std == pytest.approx(voxels.std(dtype=np.float64), rel=1e-9, abs=1e-9)
@@ -26,7 +26,7 @@ def test_small_integers_are_exact_however_they_are_cut(voxels, random):
 @pytest.mark.parametrize("offset", [0.0, 1e4, -3e3])
 def test_floats_are_within_their_bins_and_do_not_cancel(offset):
     voxels = np.random.default_rng(1).normal(offset, 5.0, 100_000).astype(np.float32)
-    got = merge(map(Histogram.of, np.array_split(voxels, 7)))
+    (got,) = merge((Histogram.of(part),) for part in np.array_split(voxels, 7))
     assert got.mean == pytest.approx(voxels.mean(dtype=np.float64), rel=1e-12)
     assert got.std == pytest.approx(voxels.std(dtype=np.float64), rel=1e-9)
     for p, value in got.percentiles:
@@ -35,14 +35,15 @@ def test_floats_are_within_their_bins_and_do_not_cancel(offset):
 
 def test_statistics_survive_json_and_normalise():
     voxels = np.arange(1000, dtype=np.uint16)
-    got = merge([Histogram.of(voxels)])
+    (got,) = merge([(Histogram.of(voxels),)])
     assert ChannelStatistics.from_json(got.to_json()) == got
     offset, scale = got.window(Normalisation.ZSCORE)
     scaled = (voxels - offset) * scale
     assert abs(scaled.mean()) < 1e-12
     assert scaled.std() == pytest.approx(1)
     assert got.window(Normalisation.RANGE) == (0, 1 / 999)
-    assert merge([Histogram.of(np.full(9, 3, np.uint8))]).window(Normalisation.ZSCORE) == (3, 1)
+    (constant,) = merge([(Histogram.of(np.full(9, 3, np.uint8)),)])
+    assert constant.window(Normalisation.ZSCORE) == (3, 1)
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -1e300])
