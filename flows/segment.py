@@ -16,10 +16,11 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import BlockRecord, run_serial
 from pipeline.compute.watch import Watcher
+from pipeline.config import DEFAULT_BUDGET_BYTES, Scheme
 from pipeline.console import bars, quantity
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
-from pipeline.plan import DEFAULT_BUDGET_BYTES, plan_segment
+from pipeline.plan import plan_segment
 from pipeline.report import picture
 from pipeline.segment import Segmented, segment
 from pipeline.store.image import open_image
@@ -50,7 +51,7 @@ class ArtifactWatcher:
     def advance(self, record: BlockRecord) -> None:
         """Move the artifact, now and then and at the end."""
         self.also.advance(record)
-        self.n_done += 1
+        self.n_done += record.n_blocks
         if self.n_done == self.n_blocks or monotonic() - self.updated > _SECONDS_BETWEEN_UPDATES:
             self.updated = monotonic()
             update_progress_artifact(self.artifact, self._percent())
@@ -79,9 +80,10 @@ def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None) -> str
 def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int) -> Segmented:
     """Make the label volume on the cluster's workers."""
     log = get_run_logger()
-    plan = plan_segment(image, model=model, name=name, budget_bytes=budget_bytes, device=pick_device("auto"))
+    scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=workers)
+    plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing = len(plan.grid) - len(plan.done())
-    log.info("%d blocks, %d to do, %d tiles of %s", len(plan.grid), n_missing, plan.n_tiles, plan.tile_shape)
+    log.info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
     runner = open_runner(cluster=cluster, n_workers=workers) if n_missing else nullcontext(run_serial)
     with runner as run, watched() as watch:
         result = segment(plan, run=run, watch=watch)
@@ -112,7 +114,7 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
         ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
         ("voxels/s", quantity(result.voxels_per_s)),
         ("seconds", f"{result.wall_s:.1f}"),
-        ("worker seconds", f"read {result.read_s:.1f}, compute {result.compute_s:.1f}, write {result.write_s:.1f}"),
+        ("worker seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.stages)),
         ("peak memory of a worker", f"{result.peak_rss_bytes / 2**20:.0f} MiB"),
     ]  # fmt: skip
     if figures is not None:

@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
     verb("info", "tell what a scan, an image or labels are").add_argument("path", metavar="PATH")
     _add_train(verb("train", "train a U-Net on images and their labels"))
     verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")
-    _add_plan(verb("plan", "tell what segment would do: blocks, tiles, bytes, memory; runs nothing"))
+    _add_plan(plan := verb("plan", "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"))
+    plan.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     _add_plan(segment := verb("segment", "make the label volume that the network gives on the whole scan", cluster))
     segment.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
     evaluate = verb("evaluate", "compare labels with the truth: Dice, Jaccard, accuracy")
@@ -113,11 +114,14 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
 def _add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("image", metavar="IMAGE", help="an image, or a scan that segment ingests beside itself first")
     verb.add_argument("--model", required=True, metavar="FILE")
-    verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="what enters the network; changes no label")
+    verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="run by overlapping tiles of this size instead")
+    verb.add_argument("--slab", type=_positive, metavar="N", help="rows that enter the network at once")
+    verb.add_argument("--column", type=_integers, metavar="N[,N,N]", help="shards that are streamed as one column")
     verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker, such as 2G (default 1G)")
     verb.add_argument("--probabilities", action="store_true", help="write IMAGE/probabilities/NAME too, float32")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    verb.add_argument("--precision", default="float32", choices=("float32",))
+    verb.add_argument("--engine", default="auto", choices=("auto", "reference", "fused"), help="what runs the network")
+    verb.add_argument("--precision", default="float32", choices=("float32", "bf16", "fp16", "tf32"))
 
 
 def _positive(text: str) -> int:

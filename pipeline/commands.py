@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
+from pipeline.config import EngineName, Precision, Scheme
 from pipeline.console import bars
 from pipeline.errors import ArgumentError
 
@@ -83,7 +84,8 @@ def segment(args: Namespace) -> Document:
         "classes": list(result.labels.classes), "voxels": result.n_voxels, "blocks": result.n_blocks,
         "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
         "voxels_per_s": result.voxels_per_s,
-        "read_s": result.read_s, "compute_s": result.compute_s, "write_s": result.write_s,
+        "read_amplification": result.read_amplification, "idle_share": result.idle_share,
+        "read_s": result.read_s, "wait_s": result.wait_s, "compute_s": result.compute_s, "write_s": result.write_s,
         "peak_rss_bytes": result.peak_rss_bytes,
     }  # fmt: skip
 
@@ -104,25 +106,49 @@ def _described(path: str) -> Document:
 def _plan(args: Namespace, image: str, *, name: str) -> Any:  # noqa: ANN401 named in a module that is imported late
     settings = {} if args.budget is None else {"budget_bytes": args.budget}
     device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+    scheme = Scheme(
+        engine=None if args.engine == "auto" else EngineName(args.engine),
+        precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
+        column=args.column, n_workers=_n_workers(args, device), **settings,
+    )  # fmt: skip
     return resolve_name("pipeline.plan:plan_segment")(
-        image, model=args.model, name=name, tile=args.tile, probabilities=args.probabilities, device=device, **settings
+        image, model=args.model, name=name, probabilities=args.probabilities, scheme=scheme
     )
 
 
-def _planned(what: Any) -> Document:  # noqa: ANN401
+def _n_workers(args: Namespace, device: str) -> int:
+    """Return the processes of a run on this machine: one per core, or one for the GPU."""
+    usual = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+    return int(args.workers or usual)
+
+
+def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
+    columns = what.columns
     return {
         "image": str(what.image.location), "shape": list(what.image.spatial_shape), "blocks": len(what.grid),
-        "block_shape": list(what.grid.core_shape), "tiles": what.n_tiles, "tile_shape": list(what.tile_shape),
-        "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
-        "halo_overhead": what.halo_overhead, "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
-        "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes, "device": what.device,
+        "block_shape": list(what.grid.core_shape), "scheme": "tiles" if columns is None else "columns",
+        **_scheme(what), "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
+        "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
+        "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
+        "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes,
+        "device": what.device, "engine": what.engine.value, "precision": what.precision.value,
+    }  # fmt: skip
+
+
+def _scheme(what: Any) -> Document:  # noqa: ANN401
+    columns = what.columns
+    if columns is None:
+        return {"tiles": what.n_units, "tile_shape": list(what.tile_shape)}
+    grid = columns.grid(what.grid)
+    return {
+        "columns": what.n_units, "column_shape": list(grid.core_shape), "streamed_axis": what.labels.axes[columns.axis],
+        "slab": columns.slab, "part_shape": list(columns.part_shape),
     }  # fmt: skip
 
 
 def _runner(args: Namespace, *, n_missing: int, device: str) -> AbstractContextManager[RunBlocks]:
     """Return what runs the blocks: this process where one is enough, else Dask workers; a GPU serves one process."""
-    usual = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
-    n_workers = min(args.workers or usual, n_missing)
+    n_workers = min(_n_workers(args, device), n_missing)
     return _opened(args.cluster, n_workers) if n_missing else nullcontext(run_serial)
 
 

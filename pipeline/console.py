@@ -38,7 +38,7 @@ class Bars:
             return
         self._n_voxels += record.n_voxels
         rate = self._n_voxels / max(perf_counter() - self._begin, 1e-9)
-        self._progress.update(self._bar, advance=1, speed=f"{quantity(rate)} voxels/s")
+        self._progress.update(self._bar, advance=record.n_blocks, speed=f"{quantity(rate)} voxels/s")
 
 
 @contextmanager

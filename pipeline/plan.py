@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from math import prod
 from typing import Any
 
+from pipeline.config import EngineName, Precision, Scheme
 from pipeline.errors import ArgumentError, BudgetError, ModelError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.tiles import TileRule
@@ -18,13 +21,15 @@ from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, check_same_run, label_location, same_layout
 from pipeline.store.location import Location
 from pipeline.store.probabilities import Probabilities, check_same_probabilities
+from pipeline.unet.columns import Columns, Streaming
+from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
+from pipeline.unet.settings import UNetSettings
 
 log = logging.getLogger("haloseg")
 
-DEFAULT_BUDGET_BYTES = 2**30
-PRECISION = "float32"
+USUAL = Scheme()
 _SIZE_TOLERANCE = 1.5
 
 
@@ -36,9 +41,13 @@ class Plan:
     ----------
     rule : the network's rule over the image's spatial axes
     grid : one block per shard of the label volume
-    tile_shape : what enters the network at once, along the image's spatial axes; slices first for a 2-D network
-    peak_bytes : activations, weights and block buffers of one worker, without the interpreter and its libraries
-    halo_overhead : voxels that enter the network per voxel of the scan
+    columns : how the scan is streamed; None where it is run by overlapping tiles
+    tile_shape : of overlapping tiles, what enters the network at once, along the image's spatial axes; slices first
+        for a 2-D network; empty where the scan is streamed
+    n_units : columns, or tiles
+    peak_bytes : activations, weights and buffers of one worker, without the interpreter and its libraries
+    multiply_adds : multiplications of the whole run
+    halo_tax : those, in units of one pass over the scan without any halo
     bytes_read : uncompressed, halos counted each time they are read
     """
 
@@ -49,12 +58,16 @@ class Plan:
     probabilities: Probabilities | None
     rule: TileRule
     grid: BlockGrid
+    columns: Columns | None
     tile_shape: tuple[int, ...]
     device: str
-    n_tiles: int
+    engine: EngineName
+    precision: Precision
+    n_units: int
     peak_bytes: int
     budget_bytes: int
-    halo_overhead: float
+    multiply_adds: int
+    halo_tax: float
     bytes_read: int
     bytes_written: int
 
@@ -66,8 +79,7 @@ class Plan:
 
 
 def plan_segment(
-    image: str, *, model: str, name: str, tile: tuple[int, ...] | None = None, probabilities: bool = False,
-    budget_bytes: int = DEFAULT_BUDGET_BYTES, device: str = "cpu",
+    image: str, *, model: str, name: str, probabilities: bool = False, scheme: Scheme = USUAL
 ) -> Plan:
     """Check everything that can be checked before a run, and say what the run will do; nothing is written.
 
@@ -75,10 +87,6 @@ def plan_segment(
     ----------
     image : path or URL of a complete image
     model : path of a model file
-    tile : what enters the network along its own axes, twice the halo and a multiple of the stride; one number for all;
-        by default the one of least overhead within the budget. The labels do not depend on it.
-    budget_bytes : memory of one worker for activations, weights and buffers
-    device : "cpu" or "cuda"
 
     Raises
     ------
@@ -95,22 +103,51 @@ def plan_segment(
     grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
     labels = Labels(
         label_location(of.location, name), of.axes.removeprefix("c"), "uint8", layout, of.levels,
-        _fingerprint(of, network), network.classes, network.class_values, _provenance(of, network, model),
+        _fingerprint(of, network, scheme.precision), network.classes, network.class_values,
+        _provenance(of, network, model, scheme.precision),
     )  # fmt: skip
     check_same_run(labels)
     n_likely = network.settings.n_classes if probabilities else 0
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
-    buffers = _buffer_bytes(grid, of, n_likely)
-    tile_shape = _tile(network, grid, slices=slices, tile=tile, budget_bytes=budget_bytes - buffers)
-    activations = peak_bytes(network.settings, tile_shape[slices:], n_slices=prod(tile_shape[:slices]))
-    core = rule.core_shape(tile_shape)
-    n_tiles, entering, read = _counts(grid, rule, core)
+    engine = scheme.engine or EngineName.FUSED
+    how = _tiled if scheme.tiled else _streamed
+    columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, rule, scheme, 1 + 4 * n_likely)
     return Plan(
-        of, network, model, labels, likely, rule, grid, tile_shape, device, n_tiles,
-        buffers + activations, budget_bytes, entering / prod(grid.shape),
-        read * of.n_channels * of.array.dtype.itemsize,
-        prod(grid.shape) * (1 + 4 * n_likely),
+        of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, engine, scheme.precision,
+        n_units, peak, scheme.budget_bytes, multiply_adds,
+        multiply_adds / bare_multiply_adds(network.settings, of.spatial_shape),
+        read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * (1 + 4 * n_likely),
     )  # fmt: skip
+
+
+_Counted = tuple[Columns | None, tuple[int, ...], int, int, int, int]
+
+
+def _streamed(
+    image: Image, model: Model, grid: BlockGrid, rule: TileRule, scheme: Scheme, output_bytes: int
+) -> _Counted:
+    """Return the columns, how many there are, bytes of a worker, multiplications, and voxels read."""
+    del rule
+    streaming = Streaming(
+        model.settings, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
+        scheme.precision.itemsize, scheme.device,
+    )  # fmt: skip
+    columns, cost = streaming.choose(
+        budget_bytes=scheme.budget_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
+    )
+    return columns, (), cost.n_columns, cost.peak_bytes, cost.multiply_adds, streaming.voxels_read(columns)
+
+
+def _tiled(
+    image: Image, model: Model, grid: BlockGrid, rule: TileRule, scheme: Scheme, output_bytes: int
+) -> _Counted:
+    """Return the tile, how many there are, bytes of a worker, multiplications, and voxels read."""
+    slices = len(grid.shape) - model.settings.dims
+    buffers = _buffer_bytes(grid, image, output_bytes)
+    tile = _tile(model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.budget_bytes - buffers)
+    activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]))
+    n_tiles, multiply_adds, read = _counts(grid, rule, rule.core_shape(tile), model.settings)
+    return None, tile, n_tiles, buffers + activations, multiply_adds, read
 
 
 def _probabilities(labels: Labels, image: Image, *, n_outputs: int) -> Probabilities:
@@ -173,39 +210,46 @@ def given_tile(model: Model, tile: tuple[int, ...]) -> tuple[int, ...]:
     return every
 
 
-def _buffer_bytes(grid: BlockGrid, image: Image, n_probabilities: int) -> int:
+def _buffer_bytes(grid: BlockGrid, image: Image, output_bytes: int) -> int:
     """Return the bytes of a block's tile as read and mirrored, of its output, and of their encoding."""
     block = prod(c + 2 * h for c, h in zip(grid.core_shape, grid.halo, strict=True))
     read = 2 * block * image.n_channels * image.array.dtype.itemsize
-    return read + 3 * prod(grid.core_shape) * (1 + 4 * n_probabilities)
+    return read + 3 * prod(grid.core_shape) * output_bytes
 
 
-def _counts(grid: BlockGrid, rule: TileRule, core: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return tiles, voxels that enter the network, and voxels read, over all blocks; axes are independent."""
-    tiles, entering, read = 1, 1, 1
+def _counts(
+    grid: BlockGrid, rule: TileRule, core: tuple[int, ...], settings: UNetSettings
+) -> tuple[int, int, int]:
+    """Return tiles, their multiplications, and voxels read, over all blocks; tiles differ in size at borders only."""
+    read = 1
+    axes: list[Counter[int]] = []
     for n, c, h, s, t in zip(grid.shape, grid.core_shape, rule.halo, rule.stride, core, strict=True):
-        axis = BlockGrid((n,), (c,), (h,), (s,))
-        one = TileRule((s,), (h,), (0,))
-        cores = [part for block in axis for part in one.cores(block.core.shape, (t,))]
-        tiles *= len(cores)
-        entering *= sum(one.tile_shape(part.shape)[0] for part in cores)
+        axis, one = BlockGrid((n,), (c,), (h,), (s,)), TileRule((s,), (h,), (0,))
+        sizes = Counter(one.tile_shape(part.shape)[0] for block in axis for part in one.cores(block.core.shape, (t,)))
+        axes.append(sizes)
         read *= sum(block.tile.clip((n,)).n_voxels for block in axis)
-    return tiles, entering, read
+    slices = len(grid.shape) - settings.dims
+    n_slices = sum(size * n for size, n in axes[0].items()) if slices else 1
+    multiply_adds = n_slices * sum(
+        prod(n for _, n in kinds) * tile_multiply_adds(settings, tuple(size for size, _ in kinds))
+        for kinds in product(*(sizes.items() for sizes in axes[slices:]))
+    )
+    return prod(sizes.total() for sizes in axes), multiply_adds, read
 
 
-def _fingerprint(image: Image, model: Model) -> dict[str, Any]:
+def _fingerprint(image: Image, model: Model, precision: Precision) -> dict[str, Any]:
     """Return what must be the same for two runs to be one."""
     content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"image": digest, "model": model.digest, "precision": PRECISION}
+    return {"image": digest, "model": model.digest, "precision": precision.value}
 
 
-def _provenance(image: Image, model: Model, path: str) -> dict[str, Any]:
+def _provenance(image: Image, model: Model, path: str, precision: Precision) -> dict[str, Any]:
     """Return who made the labels from what; nothing that differs between two runs of the same command."""
     return {
         "made_by": "haloseg segment", "scan": image.scan,
         "model": Location(str(path)).name, "model_sha256": model.digest,
-        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "precision": PRECISION,
+        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "precision": precision.value,
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
         "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
     }  # fmt: skip

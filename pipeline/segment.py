@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import glob
-import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from pipeline.compute.levels import build_levels
-from pipeline.compute.runner import BlockRecord, RunBlocks
+from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.errors import QuarantineError, RunError
-from pipeline.geometry.grid import BlockGrid
-from pipeline.geometry.mirror import read_mirrored
+from pipeline.errors import QuarantineError
 from pipeline.ingest import identity, ingest
 from pipeline.plan import Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
-from pipeline.store.arrays import open_array, shard_location, write_shard
-from pipeline.store.image import open_image, read_image
+from pipeline.store.image import read_image
 from pipeline.store.labels import Labels, check_name, create_labels, publish
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.probabilities import create_probabilities, publish_probabilities
 from pipeline.store.pyramid import Downsampling
-from pipeline.unet.model import build, load_model
-from pipeline.unet.predict import Predictor
+from pipeline.unet.model import load_model
+from pipeline.work.blocks import Outputs, SegmentBlocks
+from pipeline.work.columns import SegmentColumns
 
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
-    """What a run has done; seconds are summed over the workers, ``wall_s`` is what the user waited."""
+    """What a run has done; seconds are summed over the workers, ``wall_s`` is what the user waited.
+
+    ``n_run`` blocks of ``n_voxels_run`` voxels were done now, the others by an earlier run.
+    """
 
     labels: Labels
     n_voxels: int
     n_blocks: int
     n_run: int
+    n_voxels_run: int
+    n_voxels_read: int
     wall_s: float
     read_s: float
+    wait_s: float
     compute_s: float
     write_s: float
     peak_rss_bytes: int
@@ -46,59 +48,40 @@ class Segmented:
     @property
     def voxels_per_s(self) -> float:
         """Voxels segmented by this run per second that the user waited."""
-        return self.n_voxels * self.n_run / self.n_blocks / self.wall_s
+        return self.n_voxels_run / self.wall_s
+
+    @property
+    def read_amplification(self) -> float:
+        """Voxels read per voxel segmented."""
+        return self.n_voxels_read / max(1, self.n_voxels_run)
+
+    @property
+    def stages(self) -> tuple[tuple[str, float], ...]:
+        """Seconds by stage, summed over the workers."""
+        return ("read", self.read_s), ("wait", self.wait_s), ("compute", self.compute_s), ("write", self.write_s)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of its time that the device waited for voxels or for room for results."""
+        return self.wait_s / max(1e-9, self.wait_s + self.compute_s)
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentBlocks:
-    """The work of segmenting one block: read its tile, run the network, write its shard; see BlockWork."""
+class _Tally:
+    """Adds up the records of a run."""
 
-    image: Location
-    model: str
-    model_sha256: str
-    labels: Location
-    probabilities: Location | None
-    grid: BlockGrid
-    tile_shape: tuple[int, ...]
-    device: str
+    def __init__(self, watch: Watcher) -> None:
+        self._watch = watch
+        self.n_voxels_read = self.peak_rss_bytes = 0
+        self.read_s = self.wait_s = self.compute_s = self.write_s = 0.0
 
-    def setup(self) -> Any:  # noqa: ANN401
-        """Open image and outputs, and put the network on its device."""
-        image, model = open_image(self.image), load_model(self.model)
-        if model.digest != self.model_sha256:
-            raise RunError(
-                f"the model must stay the same while it is used, got another file at {self.model}; "
-                "put the old one back, or segment to another name"
-            )
-        windows = tuple(each.window(model.normalisation) for each in image.statistics)
-        predictor = Predictor(
-            build(model, self.device), model.rule, windows=windows, device=self.device,
-            tile_shape=self.tile_shape[-model.settings.dims :],
-            n_slices=prod(self.tile_shape[: -model.settings.dims]),
-        )
-        probabilities = open_array(self.probabilities) if self.probabilities else None
-        return image.array, predictor, open_array(self.labels), probabilities
-
-    def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
-        """Segment one block; the label shard is written last, since it is the ledger."""
-        image, predictor, labels, probabilities = state
-        block = self.grid.block(index)
-        begin = perf_counter()
-        voxels = read_mirrored(image, block.tile)
-        read = perf_counter()
-        if probabilities is None:
-            classes = predictor.segment(voxels, block.core.shape)
-        else:
-            classes, likely = predictor.segment_with_probabilities(voxels, block.core.shape)
-        computed = perf_counter()
-        with storage_errors(self.labels):
-            if probabilities is not None:
-                write_shard(probabilities, block.core, likely, location=self.probabilities or self.labels)
-            if not shard_location(labels, block.core, location=self.labels).exists():
-                write_shard(labels, block.core, classes, location=self.labels)
-        written = perf_counter()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return BlockRecord(index, block.core.n_voxels, read - begin, computed - read, written - computed, peak)
+    def __call__(self, record: BlockRecord) -> None:
+        self.n_voxels_read += record.n_voxels_read
+        self.read_s += record.read_s
+        self.wait_s += record.wait_s
+        self.compute_s += record.compute_s
+        self.write_s += record.write_s
+        self.peak_rss_bytes = max(self.peak_rss_bytes, record.peak_rss_bytes)
+        self._watch.advance(record)
 
 
 def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmented:
@@ -110,27 +93,14 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
     StorageError : the disk is full; the same call goes on from what is done.
     """
     begin, labels, likely = perf_counter(), plan.labels, plan.probabilities
-    records: list[float] = [0, 0.0, 0.0, 0.0, 0]
-
+    tally = _Tally(watch)
     with storage_errors(labels.location):
         if likely:
             create_probabilities(plan.image, likely)
         create_labels(plan.image, labels)
         done = plan.done()
         watch.begin("segment", n_blocks=len(plan.grid), n_done=len(done))
-        work = SegmentBlocks(
-            plan.image.location, plan.model_path, plan.model.digest, labels.location / "0",
-            likely.location / "0" if likely else None, plan.grid, plan.tile_shape, plan.device,
-        )  # fmt: skip
-
-        def on_record(record: BlockRecord) -> None:
-            for at, value in enumerate((1, record.read_s, record.compute_s, record.write_s)):
-                records[at] += value
-            records[4] = max(records[4], record.peak_rss_bytes)
-            watch.advance(record)
-
-        missing = (index for index in range(len(plan.grid)) if index not in done)
-        failed = run(work, missing, on_record=on_record) if len(done) < len(plan.grid) else ()
+        failed = _run(plan, done, run=run, tally=tally) if len(done) < len(plan.grid) else ()
         failed = failed or build_levels(
             labels.location, labels.levels, layout=labels.layout, how=Downsampling.MODE, run=run, watch=watch
         )
@@ -143,11 +113,40 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
         if likely:
             publish_probabilities(plan.image, likely)
         publish(labels)
-    n_run, read_s, compute_s, write_s, peak = records
+    n_voxels, n_kept = prod(plan.grid.shape), sum(plan.grid.block(index).core.n_voxels for index in done)
     return Segmented(
-        labels, prod(plan.grid.shape), len(plan.grid), int(n_run), perf_counter() - begin, read_s, compute_s, write_s,
-        int(peak),
+        labels, n_voxels, len(plan.grid), len(plan.grid) - len(done), n_voxels - n_kept, tally.n_voxels_read,
+        perf_counter() - begin, tally.read_s, tally.wait_s, tally.compute_s, tally.write_s, tally.peak_rss_bytes,
     )  # fmt: skip
+
+
+def _run(plan: Plan, done: set[int], *, run: RunBlocks, tally: _Tally) -> tuple[Quarantined, ...]:
+    """Run what is missing; returns the blocks that failed again and again.
+
+    Of a column that fails, each block is tried alone, so that no good one is lost with a bad one.
+    """
+    likely = plan.probabilities
+    outputs = Outputs(
+        plan.image.location, plan.model_path, plan.model.digest, plan.labels.location / "0",
+        likely.location / "0" if likely else None, plan.grid, plan.device, plan.engine, plan.precision,
+    )  # fmt: skip
+    if plan.columns is None:
+        missing = (index for index in range(len(plan.grid)) if index not in done)
+        return run(SegmentBlocks(outputs, plan.tile_shape), missing, on_record=tally)
+    columns = plan.columns.grid(plan.grid)
+    unfinished = (
+        column.index for column in columns
+        if any(block.index not in done for block in plan.grid.within(column.core))
+    )  # fmt: skip
+    failed = run(SegmentColumns(outputs, plan.columns), unfinished, on_record=tally)
+    if not failed or len(columns) == len(plan.grid):
+        return failed
+    done, single = plan.done(), replace(plan.columns, blocks=(1,) * len(plan.grid.shape))
+    left = [
+        block.index for each in failed for block in plan.grid.within(columns.block(each.index).core)
+        if block.index not in done
+    ]  # fmt: skip
+    return run(SegmentColumns(outputs, single), left, on_record=tally)
 
 
 def as_image(

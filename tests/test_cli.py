@@ -47,11 +47,17 @@ def image(scan, capsys):
     return path
 
 
-def test_every_tile_and_number_of_workers_gives_the_same_bytes(tmp_path, image, capsys):
+SCHEMES = [
+    [], ["--workers", 1], ["--workers", 2], ["--slab", 2], ["--slab", 14, "--column", "1,3,2"], ["--column", "2,1,1"],
+    ["--tile", "22"], ["--tile", "34,26,30"], ["--engine", "reference"], ["--budget", "150K"],
+]  # fmt: skip
+
+
+def test_every_slab_column_tile_and_number_of_workers_gives_the_same_bytes(tmp_path, image, capsys):
     settings = UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, batch_norm=True)
     model = model_file(tmp_path / "model.safetensors", settings)
     digests = []
-    for number, extra in enumerate([[], ["--workers", 1], ["--workers", 2], ["--tile", "22"], ["--tile", "34,26,30"]]):
+    for number, extra in enumerate(SCHEMES):
         document = printed(capsys, "segment", image, "--model", model, "--name", f"n{number}", *extra)
         assert document["blocks_run"] == document["blocks"] == 24
         digests.append(tree_digest(image / "labels" / f"n{number}", without=("zarr.json",)))
@@ -95,7 +101,7 @@ def test_plan_tells_what_segment_does_and_writes_nothing(tmp_path, image, capsys
     before = tree_digest(tmp_path)
     document = printed(capsys, "plan", image, "--model", model)
     assert document["blocks"] == 24
-    assert document["halo_overhead"] > 1
+    assert document["halo_tax"] > 1
     assert tree_digest(tmp_path) == before
 
 
@@ -174,7 +180,15 @@ def test_models_that_do_not_fit_are_refused(tmp_path, image, capsys):
 def test_settings_that_cannot_be_are_refused(tmp_path, image, capsys):
     model, before = model_file(tmp_path / "model.safetensors"), tree_digest(image)
     segment = ["segment", image, "--model", model, "--name", "x"]
-    assert "smallest tile" in fails(capsys, *segment, "--budget", "100K")
+    assert "narrowest columns need" in fails(capsys, *segment, "--budget", "10K")
+    assert "smallest tile" in fails(capsys, *segment, "--budget", "100K", "--engine", "reference")
+    assert "slab must be a multiple of the stride" in fails(capsys, *segment, "--slab", "3")
+    assert "a column needs 3 numbers" in fails(capsys, *segment, "--column", "3")
+    assert "by tiles or by columns" in fails(capsys, *segment, "--slab", "4", "--tile", "22")
+    assert "reference engine runs tiles in float32" in fails(
+        capsys, *segment, "--engine", "reference", "--precision", "bf16"
+    )
+    assert "precision fp16 needs a GPU" in fails(capsys, *segment, "--precision", "fp16", "--device", "cpu")
     assert "tile must be twice the halo" in fails(capsys, *segment, "--tile", "21")
     assert "must fit the budget" in fails(capsys, *segment, "--tile", "22", "--budget", "60K")
     assert "cluster must be" in fails(capsys, *segment, "--cluster", "nowhere")

@@ -12,15 +12,17 @@ import pytest
 from volumes import model_file, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
+from pipeline.config import EngineName, Scheme
 from pipeline.errors import QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
-from pipeline.segment import SegmentBlocks, segment
+from pipeline.segment import segment
 from pipeline.store.arrays import open_array
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.work.columns import SegmentColumns
 
 CASES = {
     "3-D same": ((33, 37, 20), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1)),
@@ -52,8 +54,13 @@ def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, s
     rule = closed_form_rule(settings)
     smallest = rule.tile_shape(rule.stride)
     expected = whole_scan(voxels[None], model, open_image(image).statistics)
-    for name, tile in (("chosen", None), ("smallest", smallest)):
-        plan = plan_segment(image, model=model, name=name, tile=tile, probabilities=True)
+    schemes = {
+        "columns": Scheme(), "thin": Scheme(slab=settings.stride, column=(1,) * n),
+        "tiles": Scheme(tile=smallest), "reference": Scheme(tile=smallest, engine=EngineName.REFERENCE),
+        "chosen": Scheme(engine=EngineName.REFERENCE),
+    }  # fmt: skip
+    for name, scheme in schemes.items():
+        plan = plan_segment(image, model=model, name=name, scheme=scheme, probabilities=True)
         segment(plan, run=run_serial)
         likely = open_image_array(image, f"probabilities/{name}/0")
         assert np.abs(likely - expected).max() <= 1e-5
@@ -65,6 +72,9 @@ def open_image_array(image, path):
     return open_array(Location(image) / path)[:]
 
 
+ONE = Scheme(column=(1, 1, 1))
+
+
 def test_a_run_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path):
     _, image, model = prepared(tmp_path, (40, 50, 37), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
     segment(plan_segment(image, model=model, name="undisturbed"), run=run_serial)
@@ -72,15 +82,32 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path):
     n_blocks = len(plan_segment(image, model=model, name="x").grid)
     for n_before in (0, 1, n_blocks // 2, n_blocks - 1):
         name = f"stopped-{n_before}"
-        plan = plan_segment(image, model=model, name=name)
+        plan = plan_segment(image, model=model, name=name, scheme=ONE)
         with pytest.raises(KeyboardInterrupt):
             segment(plan, run=stopping_after(n_before))
         assert name not in published(Location(image) / "labels")
         with pytest.raises(StoreError, match="unfinished run"):
             open_labels(f"{image}/labels/{name}")
-        done = segment(plan_segment(image, model=model, name=name), run=run_serial)
+        done = segment(plan_segment(image, model=model, name=name, scheme=ONE), run=run_serial)
         assert done.n_run == n_blocks - n_before
         assert tree_digest(f"{image}/labels/{name}", without=("zarr.json",)) == expected
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(column=(3, 1, 2)), Scheme(budget_bytes=600_000)])
+def test_a_column_that_lacks_any_shards_computes_those_alone_and_ends_in_the_same_bytes(tmp_path, scheme):
+    _, image, model = prepared(tmp_path, (70, 50, 37), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    plan = plan_segment(image, model=model, name="x", scheme=scheme)
+    segment(plan, run=run_serial)
+    expected = tree_digest(f"{image}/labels/x")
+    rng = np.random.default_rng(0)
+    for n_lost in (1, 7, len(plan.grid) // 2):
+        lost = rng.choice(len(plan.grid), n_lost, replace=False)
+        for index in lost:
+            position = "/".join(map(str, plan.grid.block(int(index)).position))
+            (plan.labels.location / f"0/c/{position}").delete()
+        done = segment(plan_segment(image, model=model, name="x", scheme=scheme), run=run_serial)
+        assert done.n_run == n_lost
+        assert tree_digest(f"{image}/labels/x") == expected
 
 
 def stopping_after(n_blocks):
@@ -89,8 +116,8 @@ def stopping_after(n_blocks):
     def run(work, indices, *, on_record):
         indices = list(indices)
         run_serial(work, indices[:n_blocks], on_record=on_record)
-        if isinstance(work, SegmentBlocks):
-            partial = work.labels / "c/0/0/0.0123456789abcdef.partial"
+        if isinstance(work, SegmentColumns):
+            partial = work.outputs.labels / "c/0/0/0.0123456789abcdef.partial"
             partial.write_bytes(b"half a shard")
         raise KeyboardInterrupt
 

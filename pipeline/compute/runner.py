@@ -17,7 +17,16 @@ LARGEST_QUARANTINE = 100
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """What one finished block did: voxels written, and seconds spent reading, computing and writing."""
+    """What one finished block, or column of blocks, did.
+
+    Attributes
+    ----------
+    n_voxels : written
+    read_s, compute_s, write_s, wait_s : seconds of each stage; reading and writing may go on while the device
+        computes, and ``wait_s`` is how long it did not, for want of voxels or of room for results
+    n_blocks : written
+    n_voxels_read : from the store
+    """
 
     index: int
     n_voxels: int
@@ -25,6 +34,9 @@ class BlockRecord:
     compute_s: float
     write_s: float
     peak_rss_bytes: int = 0
+    wait_s: float = 0.0
+    n_blocks: int = 1
+    n_voxels_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from pipeline.errors import ArgumentError
@@ -85,6 +86,11 @@ class BlockGrid:
         start = tuple(at * c for at, c in zip(position, self.core_shape, strict=True))
         core = Box(start, tuple(a + c for a, c in zip(start, self.core_shape, strict=True))).clip(self.shape)
         return Block(index, position, core, core.round_up(self.align).grow(self.halo))
+
+    def within(self, box: Box) -> Iterator[Block]:
+        """Yield the blocks whose cores lie in a box that starts and ends on cores' borders, in row-major order."""
+        ranges = [range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, self.core_shape, strict=True)]
+        return (self.block(self.index_of(position)) for position in product(*ranges))
 
     def index_of(self, position: tuple[int, ...]) -> int:
         """Return the row-major index of the block at a position of the grid."""

@@ -102,7 +102,9 @@ def _traced(settings: UNetSettings, tile_shape: tuple[int, ...], n_slices: int) 
     counter = _LiveBytes(tensors)
     with torch.no_grad(), counter:
         x = torch.empty((n_slices, settings.in_channels, *tile_shape), device="meta")
-        classes_of(network.probabilities(network(x)), settings.head)
+        logits = network(x)
+        classes_of(logits, settings.head)
+        network.probabilities(logits)
     return weights, counter.peak
 
 

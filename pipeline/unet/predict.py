@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,9 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.network import UNet, channels_last, classes_of
+from pipeline.unet.engine import Engine
+from pipeline.unet.network import UNet, channels_last, classes_of, probabilities_of
+from pipeline.unet.numbers import exactly, normalised, widened
 
 log = logging.getLogger("haloseg")
 
@@ -29,7 +29,7 @@ class Predictor:
 
     Parameters
     ----------
-    network : in eval mode, on ``device``
+    network : in eval mode, on ``device``; an engine runs the same network in its own way
     rule : along the network's axes
     windows : (offset, scale) of each channel; the network sees ``(intensity - offset) * scale`` in float32
     tile_shape : what enters the network, voxels along its axes; see ``choose_tile``
@@ -38,7 +38,7 @@ class Predictor:
     """
 
     def __init__(
-        self, network: UNet, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
+        self, network: UNet | Engine, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
         tile_shape: tuple[int, ...], device: str, n_slices: int = 1,
     ) -> None:
         settings = network.settings
@@ -47,9 +47,10 @@ class Predictor:
                 f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {windows}, {rule} and "
                 f"tile {tile_shape}; give the model's own"
             )
-        if network.training or n_slices < 1:
+        training = isinstance(network, UNet) and network.training
+        if training or n_slices < 1:
             raise ArgumentError(
-                f"a predictor needs a network in eval mode and at least one slice, got training={network.training} and "
+                f"a predictor needs a network in eval mode and at least one slice, got training={training} and "
                 f"n_slices={n_slices}; call eval()"
             )
         self.network, self.rule, self.windows, self.device = network, rule, windows, torch.device(device)
@@ -105,36 +106,28 @@ class Predictor:
         """Fill the outputs once; returns False where the device ran out of memory."""
         largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
         try:
-            with torch.inference_mode(), _exact():
+            with torch.inference_mode(), exactly():
                 for core in rule.cores(classes.shape, largest):
-                    likely = self._tile(raw, core, rule)
-                    best = classes_of(likely, self.network.settings.head)
+                    logits = self._tile(raw, core, rule)
+                    best = classes_of(logits, self.network.settings.head)
                     classes[core.slices] = _to_scan(best[:, None], core)[0]
                     if probabilities is not None:
+                        likely = probabilities_of(widened(logits), self.network.settings.head)
                         probabilities[(slice(None), *core.slices)] = _to_scan(likely, core)
         except torch.OutOfMemoryError:
             return False
         return True
 
     def _tile(self, raw: NDArray[Any], core: Box, rule: TileRule) -> Tensor:
-        """Return the probabilities of one core, shape (slices or 1, classes, *network's axes)."""
+        """Return the logits of one core, shape (slices or 1, classes, *network's axes)."""
         tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
-        x = self._normalised(raw[(slice(None), *tile.slices)])
+        x = normalised(raw[(slice(None), *tile.slices)], self.windows, device=self.device)
         x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
-        logits = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
+        logits: Tensor = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
         inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)
         for axis, (trim, n) in enumerate(inner, start=2):
             logits = logits.narrow(axis, trim, n)
-        return self.network.probabilities(logits)
-
-    def _normalised(self, raw: NDArray[Any]) -> Tensor:
-        """Return ``(raw - offset) * scale`` as float32; what float32 cannot hold is subtracted in float64."""
-        fits = raw.dtype.itemsize <= 2 or raw.dtype == np.float32
-        wide = torch.float32 if fits else torch.float64
-        x = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("="))).to(self.device).to(wide)
-        offset, scale = torch.tensor(self.windows, dtype=wide, device=self.device).unbind(1)
-        shape = (-1,) + (1,) * (raw.ndim - 1)
-        return ((x - offset.reshape(shape)) * scale.reshape(shape)).to(torch.float32)
+        return logits
 
     def _halve(self, *, slices: bool) -> None:
         """Take fewer slices at once, or halve the core along its longest axis, for all that follows."""
@@ -159,15 +152,3 @@ def _to_scan(values: Tensor, core: Box) -> NDArray[Any]:
     """Return (slices or 1, channels, *network's axes) as (channels, *core) on the CPU."""
     moved: NDArray[Any] = values.transpose(0, 1).reshape(values.shape[1], *core.shape).cpu().numpy()
     return moved
-
-
-@contextmanager
-def _exact() -> Iterator[None]:
-    """Compute in full float32 and by algorithms that give the same bits each time."""
-    was = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = was

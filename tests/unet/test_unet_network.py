@@ -158,13 +158,13 @@ def test_resize_repeats_each_voxel_so_it_keeps_the_size_of_transposed():
 
 
 def test_classes_of_softmax_take_the_first_of_equals():
-    p = torch.tensor([[0.4, 0.2, 0.5], [0.4, 0.3, 0.0], [0.2, 0.5, 0.5]]).reshape(1, 3, 1, 3)
-    assert classes_of(p, Head.SOFTMAX).tolist() == [[[0, 2, 0]]]
+    logits = torch.tensor([[0.4, -0.2, 0.5], [0.4, 0.3, 0.0], [0.2, 0.5, 0.5]]).reshape(1, 3, 1, 3)
+    assert classes_of(logits, Head.SOFTMAX).tolist() == [[[0, 2, 0]]]
 
 
 def test_classes_of_sigmoid_are_zero_where_none_exceeds_half():
-    p = torch.tensor([[0.5, 0.9, 0.1], [0.1, 0.95, 0.6]]).reshape(1, 2, 1, 3)
-    assert classes_of(p, Head.SIGMOID).tolist() == [[[0, 2, 2]]]
+    logits = torch.tensor([[0.0, 0.9, -0.1, -3], [-0.4, 0.95, 0.1, -2]]).reshape(1, 2, 1, 4)
+    assert classes_of(logits, Head.SIGMOID).tolist() == [[[0, 2, 2, 0]]]
 
 
 def test_probabilities_follow_the_head():

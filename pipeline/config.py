@@ -1,0 +1,78 @@
+"""Settings: how a run is to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pipeline.errors import ArgumentError
+
+DEFAULT_BUDGET_BYTES = 2**30
+
+
+class EngineName(StrEnum):
+    """What runs a network."""
+
+    REFERENCE = "reference"  # the network as it is written, in float32, by overlapping tiles: the oracle
+    FUSED = "fused"  # folded and fused layers, streamed
+
+
+class Precision(StrEnum):
+    """In which numbers a network computes; all but float32 are asked for by name, and their difference is measured."""
+
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    TF32 = "tf32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self in (Precision.BF16, Precision.FP16) else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a run is to compute; nothing of it but the precision changes the labels.
+
+    Attributes
+    ----------
+    engine : what runs the network; None takes the fastest
+    precision : of weights and activations
+    device : "cpu" or "cuda"
+    tile : run by overlapping tiles of this shape along the network's own axes, twice the halo and a multiple of the
+        stride; one number for all
+    slab : rows that enter the network at once when it is streamed
+    column : shards of a column along each of the image's spatial axes
+    budget_bytes : memory of one worker for activations, weights and buffers
+    n_workers : among which columns are shared out
+    """
+
+    engine: EngineName | None = None
+    precision: Precision = Precision.FLOAT32
+    device: str = "cpu"
+    tile: tuple[int, ...] | None = None
+    slab: int | None = None
+    column: tuple[int, ...] | None = None
+    budget_bytes: int = DEFAULT_BUDGET_BYTES
+    n_workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.precision in (Precision.TF32, Precision.FP16) and self.device == "cpu":
+            raise ArgumentError(f"precision {self.precision} needs a GPU, got device cpu; use float32 or bf16")
+        if self.streamed and self.tile:
+            raise ArgumentError("a run is by tiles or by columns, got --tile and --slab or --column; leave one out")
+        if self.engine is EngineName.REFERENCE and (self.streamed or self.precision is not Precision.FLOAT32):
+            raise ArgumentError(
+                "the reference engine runs tiles in float32, got a slab, a column or another precision; leave it out"
+            )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether something was asked for that only streaming has."""
+        return self.slab is not None or self.column is not None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the run is by overlapping tiles."""
+        return self.tile is not None or self.engine is EngineName.REFERENCE

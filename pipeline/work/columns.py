@@ -1,0 +1,198 @@
+"""The work of segmenting by columns: each is read, computed and written as a stream, all at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.compute.ahead import StageClock, WriteBehind, read_ahead
+from pipeline.compute.runner import BlockRecord
+from pipeline.errors import BudgetError
+from pipeline.geometry.box import Box
+from pipeline.geometry.grid import Block, BlockGrid
+from pipeline.geometry.rows import MirroredRows
+from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
+from pipeline.unet.columns import SLABS_AHEAD, Columns
+from pipeline.unet.engine import make_engine
+from pipeline.unet.model import build
+from pipeline.work.blocks import Opened, Outputs, peak_rss_bytes
+
+log = logging.getLogger("haloseg")
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentColumns:
+    """The work of segmenting one column of blocks as a stream; see BlockWork and ``unet.streaming``.
+
+    Each shard is written as soon as its rows are complete, and is its own ledger entry: a column that is taken up again
+    computes from the first missing shard on. A column whose cross-section is computed in parts writes at its end.
+    """
+
+    outputs: Outputs
+    columns: Columns
+
+    def setup(self) -> Opened:
+        """Open image and outputs, and put the network on its device."""
+        out = self.outputs
+        opened = out.opened()
+        slices = len(out.grid.shape) - opened.model.settings.dims
+        engine = make_engine(
+            build(opened.model, "cpu"), device=out.device, precision=out.precision, first=self.columns.axis - slices
+        )
+        opened.predictor = ColumnPredictor(
+            engine, windows=opened.windows, slab=self.columns.slab, precision=out.precision
+        )
+        opened.part_shape = self.columns.part_shape
+        return opened
+
+    def run(self, state: Opened, index: int) -> BlockRecord:
+        """Segment what is missing of one column."""
+        begin, clock, n_read = perf_counter(), StageClock(), 0
+        column = self.columns.grid(self.outputs.grid).block(index).core
+        missing = [block for block in self.outputs.grid.within(column) if not self.outputs.is_done(state, block)]
+        for stretch in self._stretches(missing):
+            while True:
+                todo = [block for block in stretch if not self.outputs.is_done(state, block)]
+                try:
+                    n_read += self._run_stretch(state, column, todo, clock)
+                except DeviceFullError:
+                    state.part_shape = self._smaller(state.part_shape)
+                else:
+                    break
+        seconds = perf_counter() - begin
+        return BlockRecord(
+            index, sum(block.core.n_voxels for block in missing), clock.read_s, seconds - clock.wait_s, clock.write_s,
+            peak_rss_bytes(), wait_s=clock.wait_s, n_blocks=len(missing), n_voxels_read=n_read,
+        )  # fmt: skip
+
+    def _stretches(self, missing: list[Block]) -> Iterator[list[Block]]:
+        """Yield missing blocks whose rows follow one another: each such stretch is one stream."""
+        axis, stretch = self.columns.axis, list[Block]()
+        for block in sorted(missing, key=lambda each: each.core.start[axis]):
+            if stretch and block.core.start[axis] > stretch[-1].core.stop[axis]:
+                yield stretch
+                stretch = []
+            stretch.append(block)
+        if stretch:
+            yield stretch
+
+    def _run_stretch(self, state: Opened, column: Box, blocks: list[Block], clock: StageClock) -> int:
+        """Stream a stretch of a column; returns the voxels read."""
+        axis = self.columns.axis
+        start, stop = list(column.start), list(column.stop)
+        start[axis], stop[axis] = blocks[0].core.start[axis], blocks[-1].core.stop[axis]
+        core = Box(tuple(start), tuple(stop))
+        parts = list(BlockGrid(core.shape, _at_most(state.part_shape, core.shape)))
+        predictor: ColumnPredictor = state.predictor
+        _, entering = predictor.stream(core)
+        rows = MirroredRows(
+            state.image, axis=axis, column=_hull(entering), step=state.image.chunks[1 + axis], keep_all=len(parts) > 1
+        )
+        n_classes = predictor.engine.settings.n_classes if state.probabilities is not None else 0
+        with WriteBehind[_Sheet](lambda sheet: self._write(state, sheet), clock=clock) as behind:
+            sheets = _Sheets(blocks, axis=axis, core=core, n_classes=n_classes, put=behind.put)
+            for each in parts:
+                part = each.core.shift(core.start)
+                stream, boxes = predictor.stream(part)
+                voxels = (_taken(rows, box, axis) for box in boxes)
+                with read_ahead(voxels, n_ahead=SLABS_AHEAD, clock=clock) as slabs:
+                    for done in predictor.run(part, stream, slabs, probabilities=n_classes > 0):
+                        sheets.put(done)
+        return rows.n_voxels_read
+
+    def _smaller(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a cross-section of half the width, for all that follows: a device's memory ran out."""
+        cross = [at for at in range(len(part)) if at != self.columns.axis]
+        widest = max(cross, key=lambda at: part[at])
+        if part[widest] == 1:
+            raise BudgetError(
+                "the device needs memory for the narrowest column, got out of memory; free it or use --device cpu"
+            )
+        smaller = (*part[:widest], -(-part[widest] // 2), *part[widest + 1 :])
+        log.warning("out of device memory: parts of %s voxels from now on, same result", smaller)
+        return smaller
+
+    def _write(self, state: Opened, sheet: _Sheet) -> None:
+        for block in sheet.blocks:
+            inside = block.core.shift(tuple(-a for a in sheet.box.start)).slices
+            likely = None if sheet.probabilities is None else sheet.probabilities[(slice(None), *inside)]
+            self.outputs.write(state, block.core, sheet.classes[inside], likely)
+
+
+@dataclass(slots=True)
+class _Sheet:
+    """The shards of a column that have the same rows, as their results come in."""
+
+    box: Box
+    blocks: list[Block]
+    classes: NDArray[np.uint8]
+    probabilities: NDArray[np.float32] | None
+    n_left: int
+
+
+class _Sheets:
+    """Collects rows until all voxels of a sheet are there, and hands it on."""
+
+    def __init__(
+        self, blocks: list[Block], *, axis: int, core: Box, n_classes: int, put: Callable[[_Sheet], None]
+    ) -> None:
+        self._axis, self._core, self._n_classes, self._put = axis, core, n_classes, put
+        self._blocks: dict[tuple[int, int], list[Block]] = {}
+        for block in blocks:
+            self._blocks.setdefault((block.core.start[axis], block.core.stop[axis]), []).append(block)
+        self._sheets: dict[tuple[int, int], _Sheet] = {}
+
+    def put(self, rows: Rows) -> None:
+        """Take rows that are done."""
+        axis = self._axis
+        first, last = rows.box.start[axis], rows.box.stop[axis]
+        for low, high in [each for each in self._blocks if each[0] < last and first < each[1]]:
+            sheet = self._sheets.get((low, high)) or self._new(low, high)
+            part = rows.box.intersect(sheet.box)
+            source = part.shift(tuple(-a for a in rows.box.start)).slices
+            target = part.shift(tuple(-a for a in sheet.box.start)).slices
+            sheet.classes[target] = rows.classes[source]
+            if sheet.probabilities is not None and rows.probabilities is not None:
+                sheet.probabilities[(slice(None), *target)] = rows.probabilities[(slice(None), *source)]
+            sheet.n_left -= part.n_voxels
+            if not sheet.n_left:
+                del self._blocks[low, high], self._sheets[low, high]
+                self._put(sheet)
+
+    def _new(self, low: int, high: int) -> _Sheet:
+        start, stop = list(self._core.start), list(self._core.stop)
+        start[self._axis], stop[self._axis] = low, high
+        box = Box(tuple(start), tuple(stop))
+        likely = np.empty((self._n_classes, *box.shape), np.float32) if self._n_classes else None
+        sheet = _Sheet(box, self._blocks[low, high], np.empty(box.shape, np.uint8), likely, box.n_voxels)
+        self._sheets[low, high] = sheet
+        return sheet
+
+
+def _taken(rows: MirroredRows, box: Box, axis: int) -> NDArray[Any]:
+    """Return the voxels of a box out of the rows of the column in which it lies."""
+    voxels = rows(box.start[axis], box.stop[axis])
+    whole = rows.column
+    inside = [
+        slice(None) if at == axis else slice(a - w, b - w)
+        for at, (a, b, w) in enumerate(zip(box.start, box.stop, whole.start, strict=True))
+    ]
+    return voxels[(slice(None), *inside)]
+
+
+def _hull(boxes: list[Box]) -> Box:
+    """Return the smallest box around boxes."""
+    return Box(
+        tuple(min(each) for each in zip(*(box.start for box in boxes), strict=True)),
+        tuple(max(each) for each in zip(*(box.stop for box in boxes), strict=True)),
+    )
+
+
+def _at_most(shape: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(min(a, b) for a, b in zip(shape, most, strict=True))

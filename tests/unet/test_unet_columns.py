@@ -1,0 +1,100 @@
+"""Columns: their cost is counted right, they fit the budget, and wider ones waste less."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_unet_predict import trained
+from test_unet_streaming import noise, streamed
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.errors import ArgumentError, BudgetError
+from pipeline.geometry.grid import BlockGrid
+from pipeline.unet.columns import Columns, Streaming
+from pipeline.unet.cost import bare_multiply_adds
+from pipeline.unet.engine import Engine
+from pipeline.unet.settings import Padding, UNetSettings
+
+
+def streaming(shape, shard, network, *, chunk=None, voxel_bytes=2):
+    return Streaming(network, BlockGrid(shape, shard), chunk or shard, voxel_bytes, 1, 4, "cpu")
+
+
+NET_2D = UNetSettings(dims=2, width=8, depth=3, padding=Padding.SAME)
+NET_3D = UNetSettings(dims=3, width=4, depth=2, padding=Padding.SAME)
+
+
+@pytest.mark.parametrize(("network", "shape", "slab"), [(NET_2D, (50, 41), 16), (NET_3D, (24, 15, 18), 4)])
+def test_the_multiplications_of_a_column_are_those_that_run(network, shape, slab):
+    what = streaming(shape, tuple(-(-n // 16) * 16 for n in shape), network)
+    columns = Columns(0, slab, (1,) * len(shape), shape)
+    engine = Engine(trained(network, seed=0), device="cpu")
+    flops = FlopCounterMode(display=False)
+    with flops:
+        streamed(engine, noise(shape, 1).float(), (0,) * len(shape), shape, slab=slab)
+    assert 2 * what.cost(columns, n_workers=1).multiply_adds == flops.get_total_flops()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_choice_fits_and_nothing_that_was_tried_is_better(data):
+    network = data.draw(st.sampled_from((NET_2D, NET_3D)))
+    shape = tuple(data.draw(st.integers(1, 200)) for _ in range(network.dims))
+    shard = tuple(data.draw(st.sampled_from((16, 32, 64))) for _ in shape)
+    what, n_workers = streaming(shape, shard, network), data.draw(st.integers(1, 5))
+    budget = data.draw(st.integers(2**20, 2**26))
+    try:
+        columns, cost = what.choose(budget_bytes=budget, n_workers=n_workers)
+    except BudgetError:
+        return
+    assert cost.peak_bytes == what.peak_bytes(columns) <= budget
+    assert cost.multiply_adds >= bare_multiply_adds(network, shape) * 0.99
+    counts = what.shards.grid_shape
+    for blocks in itertools.islice(itertools.product(*({1, n} for n in counts)), 8):
+        try:
+            _, other = what.choose(budget_bytes=budget, n_workers=n_workers, blocks=blocks)
+        except BudgetError:
+            continue
+        if all(n <= 16 for n in blocks):
+            assert cost.slowest <= other.slowest
+
+
+def test_columns_cover_every_block_once():
+    what = streaming((300, 90, 70), (32, 16, 32), NET_3D)
+    columns, _ = what.choose(budget_bytes=2**26, n_workers=3)
+    seen = [block.index for column in columns.grid(what.shards) for block in what.shards.within(column.core)]
+    assert sorted(seen) == list(range(len(what.shards)))
+
+
+def test_more_workers_make_more_columns_and_a_larger_budget_less_tax():
+    what = streaming((256, 256, 256), (64, 64, 64), NET_3D)
+    few, many = (what.choose(budget_bytes=2**28, n_workers=n)[1] for n in (1, 8))
+    assert few.n_columns < many.n_columns
+    assert many.n_columns >= 8
+    small, large = (what.choose(budget_bytes=b, n_workers=1)[1].multiply_adds for b in (2**23, 2**28))
+    assert large < 0.8 * small
+
+
+def test_slices_of_a_volume_are_streamed_one_by_one():
+    what = streaming((30, 200, 200), (32, 64, 64), NET_2D)
+    columns, _ = what.choose(budget_bytes=2**26, n_workers=1)
+    assert columns.axis > 0
+    assert columns.part_shape[0] == 1
+
+
+def test_what_is_read_counts_whole_chunks_and_halos_inside_the_scan():
+    what = streaming((64, 64), (32, 32), UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME), chunk=(16, 32))
+    assert what.voxels_read(Columns(0, 2, (2, 2), (64, 64))) == 64 * 64
+    halo = 8  # two 3x3 convolutions on the first level, two on the second, whose voxels are twice as wide, two more
+    assert what.voxels_read(Columns(0, 2, (2, 1), (64, 32))) == 64 * 2 * (32 + halo)
+
+
+def test_settings_that_break_a_rule_are_refused():
+    what = streaming((64, 64), (32, 32), NET_2D)
+    with pytest.raises(ArgumentError, match="slab must be a multiple of the stride 8, got 12; use 16"):
+        what.choose(budget_bytes=2**30, n_workers=1, slab=12)
+    with pytest.raises(ArgumentError, match="a column needs 2 numbers of shards"):
+        what.choose(budget_bytes=2**30, n_workers=1, blocks=(1, 1, 1))
+    with pytest.raises(BudgetError, match=r"the narrowest columns need .* raise --budget"):
+        what.choose(budget_bytes=1000, n_workers=1)
