@@ -26,6 +26,7 @@ from pipeline.segment import Segmented, segment
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
 from pipeline.unet.device import pick_device
+from pipeline.verify import Certificate
 
 _SECONDS_BETWEEN_UPDATES = 2.0
 
@@ -117,6 +118,8 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
         ("worker seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.stages)),
         ("peak memory of a worker", f"{result.peak_rss_bytes / 2**20:.0f} MiB"),
     ]  # fmt: skip
+    if result.certificate:
+        rows.append(("certificate", Certificate(**result.certificate).line))
     if figures is not None:
         named = zip(figures.classes, figures.figures.classes, strict=True)
         rows.append(("accuracy", f"{figures.figures.accuracy:.4f}"))

@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     _add_plan(segment := verb("segment", "make the label volume that the network gives on the whole scan", cluster))
     segment.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
+    _add_verify(verb("verify", "compute sampled boxes of labels again and tell the difference", cluster))
     evaluate = verb("evaluate", "compare labels with the truth: Dice, Jaccard, accuracy")
     evaluate.add_argument("predicted", metavar="PREDICTED", help="IMAGE.zarr/labels/NAME or a scan of integers")
     evaluate.add_argument("truth", metavar="TRUTH", help="IMAGE.zarr/labels/NAME or a scan of integers")
@@ -122,6 +123,16 @@ def _add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--engine", default="auto", choices=("auto", "reference", "fused"), help="what runs the network")
     verb.add_argument("--precision", default="float32", choices=("float32", "bf16", "fp16", "tf32"))
+
+
+def _add_verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
+    verb.add_argument("--boxes", type=_positive, default=16, metavar="N", help="how many boxes (default 16)")
+    verb.add_argument("--seed", type=int, default=1, metavar="N", help="which boxes (default 1)")
+    verb.add_argument("--model", metavar="FILE", help="the model that made them, if it has been moved")
+    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker (default 1G)")
+    verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
 def _positive(text: str) -> int:

@@ -86,8 +86,21 @@ def segment(args: Namespace) -> Document:
         "voxels_per_s": result.voxels_per_s,
         "read_amplification": result.read_amplification, "idle_share": result.idle_share,
         "read_s": result.read_s, "wait_s": result.wait_s, "compute_s": result.compute_s, "write_s": result.write_s,
-        "peak_rss_bytes": result.peak_rss_bytes,
+        "peak_rss_bytes": result.peak_rss_bytes, "certificate": result.certificate,
     }  # fmt: skip
+
+
+def verify(args: Namespace) -> Document:
+    """Compute sampled boxes of labels again, by the reference."""
+    device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+    scheme = Scheme(device=device, **({} if args.budget is None else {"budget_bytes": args.budget}))
+    with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
+        certificate = resolve_name("pipeline.verify:verify")(
+            args.image, name=args.name, model=args.model, n_boxes=args.boxes, seed=args.seed, scheme=scheme, run=run,
+            watch=watch,
+        )  # fmt: skip
+    document: Document = certificate.to_json()
+    return document
 
 
 def evaluate(args: Namespace) -> Document:

@@ -127,7 +127,7 @@ def ingest_labels(
         grid = BlockGrid(of.spatial_shape, of.layout.shard)
         _copy(IngestBlocks(scan, labels.location / "0", grid, None), run=run, watch=watch)
         _levels(labels, Downsampling.MODE, run=run, watch=watch)
-        publish(labels)
+        publish(of, labels)
     return labels
 
 

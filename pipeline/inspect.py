@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.unet.layers import chain_of, lags
 from pipeline.unet.model import build, load_model
 from pipeline.unet.receptive import measured_rule
 
@@ -26,4 +27,5 @@ def inspect(path: str) -> dict[str, Any]:
         "voxel_size_um": list(model.voxel_size_um) if model.voxel_size_um else None,
         "stride_shape": list(rule.stride), "halo_shape": list(rule.halo), "trim_shape": list(rule.trim),
         "rule_as_recorded": rule == model.rule, "tile_examples": [list(t) for t in tiles], "training": model.training,
+        "streams": True, "lag_rows": -lags(chain_of(model.settings))[-1],
     }  # fmt: skip

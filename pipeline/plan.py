@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from math import prod
@@ -26,6 +26,8 @@ from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import UNetSettings
+from pipeline.work.blocks import Outputs, SegmentBlocks
+from pipeline.work.columns import SegmentColumns
 
 log = logging.getLogger("haloseg")
 
@@ -77,6 +79,17 @@ class Plan:
         likely = self.probabilities
         return done & done_shards(likely.location / "0", self.grid) if likely else done
 
+    def work(self, *, blocks: tuple[int, ...] | None = None) -> SegmentColumns | SegmentBlocks:
+        """Return the work of the run; ``blocks`` are shards of a column along each axis, other than planned."""
+        likely = self.probabilities
+        outputs = Outputs(
+            self.image.location, self.model_path, self.model.digest, self.labels.location / "0",
+            likely.location / "0" if likely else None, self.grid, self.device, self.engine, self.precision,
+        )  # fmt: skip
+        if self.columns is None:
+            return SegmentBlocks(outputs, self.tile_shape)
+        return SegmentColumns(outputs, replace(self.columns, blocks=blocks) if blocks else self.columns)
+
 
 def plan_segment(
     image: str, *, model: str, name: str, probabilities: bool = False, scheme: Scheme = USUAL
@@ -104,17 +117,16 @@ def plan_segment(
     labels = Labels(
         label_location(of.location, name), of.axes.removeprefix("c"), "uint8", layout, of.levels,
         _fingerprint(of, network, scheme.precision), network.classes, network.class_values,
-        _provenance(of, network, model, scheme.precision),
+        _provenance(of, network, model, scheme),
     )  # fmt: skip
     check_same_run(labels)
     n_likely = network.settings.n_classes if probabilities else 0
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
-    engine = scheme.engine or EngineName.FUSED
     how = _tiled if scheme.tiled else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, rule, scheme, 1 + 4 * n_likely)
     return Plan(
-        of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, engine, scheme.precision,
-        n_units, peak, scheme.budget_bytes, multiply_adds,
+        of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
+        scheme.precision, n_units, peak, scheme.budget_bytes, multiply_adds,
         multiply_adds / bare_multiply_adds(network.settings, of.spatial_shape),
         read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * (1 + 4 * n_likely),
     )  # fmt: skip
@@ -244,12 +256,13 @@ def _fingerprint(image: Image, model: Model, precision: Precision) -> dict[str, 
     return {"image": digest, "model": model.digest, "precision": precision.value}
 
 
-def _provenance(image: Image, model: Model, path: str, precision: Precision) -> dict[str, Any]:
+def _provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:
     """Return who made the labels from what; nothing that differs between two runs of the same command."""
     return {
         "made_by": "haloseg segment", "scan": image.scan,
-        "model": Location(str(path)).name, "model_sha256": model.digest,
-        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "precision": precision.value,
+        "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
+        "network": model.settings.to_json(), "normalisation": model.normalisation.value,
+        "engine": scheme.taken.value, "precision": scheme.precision.value,
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
         "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
     }  # fmt: skip

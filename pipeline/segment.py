@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from pipeline.compute.levels import build_levels
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
@@ -16,13 +17,12 @@ from pipeline.ingest import identity, ingest
 from pipeline.plan import Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
 from pipeline.store.image import read_image
-from pipeline.store.labels import Labels, check_name, create_labels, publish
+from pipeline.store.labels import Labels, check_name, create_labels, publish, published, read_labels
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.probabilities import create_probabilities, publish_probabilities
 from pipeline.store.pyramid import Downsampling
 from pipeline.unet.model import load_model
-from pipeline.work.blocks import Outputs, SegmentBlocks
-from pipeline.work.columns import SegmentColumns
+from pipeline.verify import certify
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Segmented:
     compute_s: float
     write_s: float
     peak_rss_bytes: int
+    certificate: dict[str, Any] | None
 
     @property
     def voxels_per_s(self) -> float:
@@ -112,12 +113,24 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
             )
         if likely:
             publish_probabilities(plan.image, likely)
-        publish(labels)
+        certificate = _published(plan, run=run, watch=watch)
     n_voxels, n_kept = prod(plan.grid.shape), sum(plan.grid.block(index).core.n_voxels for index in done)
     return Segmented(
         labels, n_voxels, len(plan.grid), len(plan.grid) - len(done), n_voxels - n_kept, tally.n_voxels_read,
         perf_counter() - begin, tally.read_s, tally.wait_s, tally.compute_s, tally.write_s, tally.peak_rss_bytes,
+        certificate,
     )  # fmt: skip
+
+
+def _published(plan: Plan, *, run: RunBlocks, watch: Watcher) -> dict[str, Any] | None:
+    """Publish complete labels with a certificate of how exact they are, which is made once; returns it."""
+    there = read_labels(plan.labels.location)
+    if there is not None and plan.labels.location.name in published(plan.labels.location.parent):
+        return there.certificate
+    certificate = certify(plan, run=run, watch=watch)
+    document = certificate.to_json() if certificate else None
+    publish(plan.image, replace(plan.labels, certificate=document))
+    return document
 
 
 def _run(plan: Plan, done: set[int], *, run: RunBlocks, tally: _Tally) -> tuple[Quarantined, ...]:
@@ -125,28 +138,22 @@ def _run(plan: Plan, done: set[int], *, run: RunBlocks, tally: _Tally) -> tuple[
 
     Of a column that fails, each block is tried alone, so that no good one is lost with a bad one.
     """
-    likely = plan.probabilities
-    outputs = Outputs(
-        plan.image.location, plan.model_path, plan.model.digest, plan.labels.location / "0",
-        likely.location / "0" if likely else None, plan.grid, plan.device, plan.engine, plan.precision,
-    )  # fmt: skip
     if plan.columns is None:
-        missing = (index for index in range(len(plan.grid)) if index not in done)
-        return run(SegmentBlocks(outputs, plan.tile_shape), missing, on_record=tally)
+        return run(plan.work(), (index for index in range(len(plan.grid)) if index not in done), on_record=tally)
     columns = plan.columns.grid(plan.grid)
     unfinished = (
         column.index for column in columns
         if any(block.index not in done for block in plan.grid.within(column.core))
     )  # fmt: skip
-    failed = run(SegmentColumns(outputs, plan.columns), unfinished, on_record=tally)
+    failed = run(plan.work(), unfinished, on_record=tally)
     if not failed or len(columns) == len(plan.grid):
         return failed
-    done, single = plan.done(), replace(plan.columns, blocks=(1,) * len(plan.grid.shape))
+    done = plan.done()
     left = [
         block.index for each in failed for block in plan.grid.within(columns.block(each.index).core)
         if block.index not in done
     ]  # fmt: skip
-    return run(SegmentColumns(outputs, single), left, on_record=tally)
+    return run(plan.work(blocks=(1,) * len(plan.grid.shape)), left, on_record=tally)
 
 
 def as_image(

@@ -35,6 +35,7 @@ class Labels:
     class_values : what each class is called in the labels that the model learned from; as long as ``classes``
     provenance : what the labels were made from and with
     fingerprint : what must be the same for a run to go on in this volume
+    certificate : how far the labels are from the reference on sampled boxes, once they are complete
     """
 
     location: Location
@@ -46,6 +47,7 @@ class Labels:
     classes: tuple[str, ...] = ()
     class_values: tuple[int, ...] = ()
     provenance: dict[str, Any] | None = None
+    certificate: dict[str, Any] | None = None
 
     @property
     def spatial_shape(self) -> tuple[int, ...]:
@@ -100,9 +102,11 @@ def check_same_run(labels: Labels) -> None:
     check_same_fingerprint(there.fingerprint, labels.fingerprint, what="labels", location=labels.location)
 
 
-def publish(labels: Labels) -> None:
+def publish(image: Image, labels: Labels) -> None:
     """List a complete label volume in its image: the commit point. Leftovers of killed writers are removed first."""
     sweep(labels.location)
+    if labels.certificate:
+        create_group(labels.location, _attributes(image, labels))
     parent = labels.location.parent
     names = published(parent)
     if labels.location.name not in names:
@@ -125,7 +129,7 @@ def read_labels(location: Location) -> Labels | None:
     return Labels(
         location, about["axes"], about["dtype"], Layout(tuple(about["chunk"]), tuple(about["shard"])),
         levels_from_json(about["levels"]), about["fingerprint"], tuple(about["classes"]), tuple(about["class_values"]),
-        about["provenance"],
+        about["provenance"], about.get("certificate"),
     )  # fmt: skip
 
 
@@ -161,5 +165,6 @@ def _attributes(image: Image, labels: Labels) -> dict[str, Any]:
         "chunk": list(labels.layout.chunk), "shard": list(labels.layout.shard),
         "levels": [level.to_json() for level in labels.levels], "fingerprint": labels.fingerprint,
         "classes": list(labels.classes), "class_values": list(labels.class_values), "provenance": labels.provenance,
+        "certificate": labels.certificate,
     }  # fmt: skip
     return {"ome": {"version": VERSION, "multiscales": kind, "image-label": about}, "haloseg": ours}

@@ -1,0 +1,129 @@
+"""Verify: sampled boxes of a label volume are computed again by the reference, and the difference is told."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.compute.runner import BlockRecord, RunBlocks
+from pipeline.compute.watch import UNWATCHED, Watcher
+from pipeline.config import EngineName, Precision, Scheme
+from pipeline.errors import BudgetError, ModelError, RunError
+from pipeline.plan import Plan, plan_segment
+from pipeline.store.labels import open_labels
+from pipeline.store.location import Location
+from pipeline.unet.memory import choose_tile
+from pipeline.work.certify import TOLERANCE, Certified, CertifyBoxes, sample_boxes
+
+log = logging.getLogger("haloseg")
+
+N_BOXES = 4
+_LARGEST = {2: 128, 3: 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How far the labels are from the reference: one float32 pass of the network as written, over a larger window.
+
+    Attributes
+    ----------
+    engine, precision : what made the labels
+    n_boxes, n_voxels : that were computed again; always the scan's first and last corner, the others by chance
+    max_difference : of the probabilities, in two digits
+    n_flipped : voxels of another class
+    n_flipped_decided : of them those where the reference's best two are further apart than rounding, 2e-5
+    """
+
+    engine: str
+    precision: str
+    n_boxes: int
+    n_voxels: int
+    max_difference: float
+    n_flipped: int
+    n_flipped_decided: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the certificate as a JSON object."""
+        return asdict(self)
+
+    @property
+    def line(self) -> str:
+        """The certificate in one line."""
+        return (
+            f"{self.n_voxels:,} voxels of {self.n_boxes} boxes computed again by the reference: probabilities differ "
+            f"by at most {self.max_difference:.2g}, {self.n_flipped:,} classes differ, {self.n_flipped_decided:,} of "
+            "them beyond rounding"
+        )
+
+
+def verify(
+    image: str, *, name: str, run: RunBlocks, model: str | None = None, n_boxes: int = 16, seed: int = 1,
+    scheme: Scheme | None = None, watch: Watcher = UNWATCHED,
+) -> Certificate:
+    """Compute boxes of the label volume ``image/labels/name`` again, with the engine that made it and the reference.
+
+    Parameters
+    ----------
+    model : path of the model file, where it lies elsewhere now than when it made the labels
+    n_boxes, seed : how many boxes, and which
+
+    Raises
+    ------
+    StoreError : there are no complete labels, or they were made by another model.
+    """
+    labels = open_labels(Location(image) / "labels" / name)
+    made = labels.provenance or {}
+    path = model or made.get("model_path")
+    if not path:
+        raise ModelError(f"labels must tell their model to be verified, got none in {labels.location}; give --model")
+    usual = scheme or Scheme()
+    scheme = Scheme(
+        engine=EngineName(made["engine"]), precision=Precision(made["precision"]), device=usual.device,
+        budget_bytes=usual.budget_bytes,
+    )  # fmt: skip
+    plan = plan_segment(image, model=str(path), name=name, scheme=scheme)
+    certificate = certify(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)
+    if certificate is None:
+        raise BudgetError("verifying needs memory for the reference's smallest tile; raise --budget")
+    return certificate
+
+
+def certify(
+    plan: Plan, *, run: RunBlocks, n_boxes: int = N_BOXES, seed: int = 0, watch: Watcher = UNWATCHED
+) -> Certificate | None:
+    """Return how far the labels of a plan are from the reference; None where the budget is too small for it."""
+    dims, slices = plan.model.settings.dims, len(plan.grid.shape) - plan.model.settings.dims
+    stride = plan.model.rule.stride
+    largest = tuple(-(-_LARGEST[dims] // s) * s for s in stride)
+    try:
+        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=largest)
+    except BudgetError as error:
+        log.warning("no certificate: for the reference %s", error)
+        return None
+    boxes = sample_boxes(
+        plan.grid.shape, largest=(1,) * slices + largest, stride=plan.rule.stride, n=n_boxes, seed=seed
+    )
+    found: list[Certified] = []
+
+    def on_record(record: BlockRecord) -> None:
+        if isinstance(record, Certified):
+            found.append(record)
+        watch.advance(record)
+
+    watch.begin("certify", n_blocks=len(boxes), n_done=0)
+    work = CertifyBoxes(plan.work(), boxes, tile, plan.rule)
+    if failed := run(work, range(len(boxes)), on_record=on_record):
+        raise RunError(
+            f"every sampled box must be computed again, got {len(failed)} that failed, the first with: "
+            f"{failed[0].cause}; mend the cause and run the same command again"
+        )
+    largest_difference = max(each.max_difference for each in found)
+    certificate = Certificate(
+        plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
+        float(f"{largest_difference:.1e}"), sum(each.n_flipped for each in found),
+        sum(each.n_flipped_decided for each in found),
+    )  # fmt: skip
+    if plan.precision is Precision.FLOAT32 and largest_difference > TOLERANCE:
+        log.warning("float32 must differ from the reference by at most %.0e: %s", TOLERANCE, certificate.line)
+    return certificate

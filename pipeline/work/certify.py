@@ -1,0 +1,133 @@
+"""The work of certifying: sampled boxes of the labels computed again by the reference, over a larger window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.compute.runner import BlockRecord
+from pipeline.geometry.box import Box
+from pipeline.geometry.mirror import read_mirrored
+from pipeline.geometry.tiles import TileRule
+from pipeline.unet.column import ColumnPredictor
+from pipeline.unet.model import build
+from pipeline.unet.predict import Predictor
+from pipeline.work.blocks import Opened, SegmentBlocks, peak_rss_bytes
+from pipeline.work.columns import SegmentColumns
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Certified(BlockRecord):
+    """What one box came to.
+
+    Attributes
+    ----------
+    max_difference : of the probabilities, between the run's engine and the reference
+    n_flipped : voxels whose stored class is not the reference's
+    n_flipped_decided : of them those where the reference's best two probabilities are further apart than rounding
+    """
+
+    max_difference: float = 0.0
+    n_flipped: int = 0
+    n_flipped_decided: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CertifyBoxes:
+    """Compares boxes of a label volume with the reference; see BlockWork.
+
+        |hhhhhhhhh|ccccc|hhhhhhhhh|       what the run's engine sees: the halo that it needs
+        |s|hhhhhhhhh|ccccc|hhhhhhhhh|s|   what the reference sees: one stride more on each side
+
+    Attributes
+    ----------
+    segmenting : the work that made the labels
+    boxes : start on multiples of the stride
+    tile_shape : of the reference, along the network's axes
+    rule : over the image's axes
+    """
+
+    segmenting: SegmentColumns | SegmentBlocks
+    boxes: tuple[Box, ...]
+    tile_shape: tuple[int, ...]
+    rule: TileRule
+
+    def setup(self) -> tuple[Opened, Predictor]:
+        """Open what the run has opened, and the reference."""
+        opened = self.segmenting.setup()
+        reference = Predictor(
+            build(opened.model, self.segmenting.outputs.device), opened.model.rule, windows=opened.windows,
+            tile_shape=self.tile_shape, device=self.segmenting.outputs.device,
+        )  # fmt: skip
+        return opened, reference
+
+    def run(self, state: tuple[Opened, Predictor], index: int) -> Certified:
+        """Compare one box."""
+        opened, reference = state
+        core, begin = self.boxes[index], perf_counter()
+        wide = core.round_up(self.rule.stride).grow(tuple(0 if not h else s for s, h in self._steps()))
+        voxels = read_mirrored(opened.image, wide.grow(self.rule.halo))
+        _, likely = reference.segment_with_probabilities(voxels, wide.shape)
+        inside = (slice(None), *core.shift(tuple(-a for a in wide.start)).slices)
+        expected = likely[inside]
+        got = self._by_engine(opened, core)
+        stored = np.asarray(opened.labels[core.slices])
+        ordered = np.sort(expected, axis=0)
+        head_is_sigmoid = reference.network.settings.n_labels > len(expected)
+        classes = _classes(expected, head_is_sigmoid=head_is_sigmoid)
+        margin = ordered[-1] - ordered[-2] if len(ordered) > 1 else np.ones(core.shape)
+        if head_is_sigmoid:
+            margin = np.minimum(margin, 2 * np.abs(ordered[-1] - 0.5))
+        flipped = stored != classes
+        return Certified(
+            index, core.n_voxels, 0.0, perf_counter() - begin, 0.0, peak_rss_bytes(), n_blocks=1,
+            max_difference=float(np.abs(got - expected).max()), n_flipped=int(flipped.sum()),
+            n_flipped_decided=int((flipped & (margin > 2 * TOLERANCE)).sum()),
+        )  # fmt: skip
+
+    def _steps(self) -> list[tuple[int, int]]:
+        return list(zip(self.rule.stride, self.rule.halo, strict=True))
+
+    def _by_engine(self, opened: Opened, core: Box) -> NDArray[np.float32]:
+        """Return the probabilities of a box, (n_classes, *core.shape), as the run computes them."""
+        predictor: Any = opened.predictor
+        if isinstance(predictor, ColumnPredictor):
+            stream, boxes = predictor.stream(core)
+            slabs = (read_mirrored(opened.image, box) for box in boxes)
+            likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
+            for rows in predictor.run(core, stream, slabs, probabilities=True):
+                at = rows.box.shift(tuple(-a for a in core.start)).slices
+                likely[(slice(None), *at)] = rows.probabilities
+            return likely
+        tile = core.round_up(self.rule.stride).grow(self.rule.halo)
+        _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core.shape)
+        return np.asarray(probabilities)
+
+
+def sample_boxes(
+    shape: tuple[int, ...], *, largest: tuple[int, ...], stride: tuple[int, ...], n: int, seed: int
+) -> tuple[Box, ...]:
+    """Return boxes that start on multiples of the stride: at the first corner, at the last, the others anywhere."""
+    rng = np.random.default_rng(seed)
+    boxes = []
+    for index in range(n):
+        start = []
+        for size, most, step in zip(shape, largest, stride, strict=True):
+            last = -(-max(0, size - most) // step)
+            at = 0 if index == 0 else last if index == 1 else int(rng.integers(last + 1))
+            start.append(at * step)
+        stop = tuple(min(a + most, size) for a, most, size in zip(start, largest, shape, strict=True))
+        boxes.append(Box(tuple(start), stop))
+    distinct = dict.fromkeys(boxes)
+    return tuple(distinct)
+
+
+def _classes(probabilities: NDArray[np.float32], *, head_is_sigmoid: bool) -> NDArray[np.intp]:
+    best = probabilities.argmax(axis=0)
+    return np.where(probabilities.max(axis=0) > 0.5, best + 1, 0) if head_is_sigmoid else best

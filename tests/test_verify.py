@@ -1,0 +1,103 @@
+"""Certificates: of right labels they say so, of wrong ones too, and of lower precision its difference."""
+
+import numpy as np
+import pytest
+from volumes import model_file, scan_file, tree_digest, whole_scan
+
+from pipeline.cli import main
+from pipeline.compute.runner import run_serial
+from pipeline.config import EngineName, Precision, Scheme
+from pipeline.errors import ModelError, StoreError
+from pipeline.ingest import ingest
+from pipeline.plan import plan_segment
+from pipeline.segment import segment
+from pipeline.store.arrays import open_array, write_shard
+from pipeline.store.image import open_image
+from pipeline.store.labels import open_labels
+from pipeline.store.location import Location
+from pipeline.unet.settings import Head, Padding, UNetSettings
+from pipeline.verify import verify
+from pipeline.work.certify import sample_boxes
+
+CASES = {
+    "3-D same": ((40, 33, 50), UNetSettings(dims=3, width=4, depth=1, padding=Padding.SAME, batch_norm=True)),
+    "2-D valid": ((90, 210), UNetSettings(dims=2, width=4, depth=2)),
+    "2-D sigmoid on slices": ((3, 50, 60), UNetSettings(dims=2, width=4, depth=1, head=Head.SIGMOID, n_classes=2)),
+    "one voxel": ((1, 1), UNetSettings(dims=2, width=2, depth=1)),
+}
+
+
+def segmented(tmp_path, shape, settings, **scheme):
+    voxels = scan_file(tmp_path / "scan.tif", shape)
+    image = str(ingest(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")).location)
+    model = model_file(tmp_path / "model.safetensors", settings)
+    done = segment(plan_segment(image, model=model, name="x", scheme=Scheme(**scheme)), run=run_serial)
+    return voxels, image, model, done
+
+
+@pytest.mark.parametrize(("shape", "settings"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("engine", EngineName)
+def test_right_labels_are_certified_and_a_rerun_leaves_the_certificate(tmp_path, shape, settings, engine):
+    _, image, model, done = segmented(tmp_path, shape, settings, engine=engine)
+    certificate = done.certificate
+    assert certificate["max_difference"] <= 1e-5
+    assert (certificate["n_flipped_decided"], certificate["engine"]) == (0, engine)
+    assert open_labels(f"{image}/labels/x").certificate == certificate
+    before = tree_digest(image)
+    again = segment(plan_segment(image, model=model, name="x", scheme=Scheme(engine=engine)), run=run_serial)
+    assert again.certificate == certificate
+    assert verify(image, name="x", run=run_serial).n_flipped_decided == 0
+    assert tree_digest(image) == before
+
+
+def test_wrong_labels_are_found_and_counted(tmp_path):
+    shape, settings = CASES["3-D same"]
+    _, image, _, _ = segmented(tmp_path, shape, settings)
+    labels = open_labels(f"{image}/labels/x")
+    right = labels.array[:]
+    wrong = right.copy()
+    wrong[:8, :8, :8] = 1 - wrong[:8, :8, :8]
+    at = Location(image) / "labels" / "x" / "0"
+    core = plan_segment(image, model=str(tmp_path / "model.safetensors"), name="x").grid.block(0).core
+    write_shard(open_array(at), core, wrong[core.slices], location=at)
+    found = verify(image, name="x", run=run_serial, n_boxes=1)
+    assert found.n_flipped == 512
+    assert 500 < found.n_flipped_decided <= 512
+    assert found.max_difference <= 1e-5
+
+
+def test_the_difference_of_lower_precision_is_measured_and_kept(tmp_path):
+    shape, settings = (64, 80), UNetSettings(dims=2, width=8, depth=2, padding=Padding.SAME, batch_norm=True)
+    voxels, image, model, done = segmented(tmp_path, shape, settings, precision=Precision.BF16)
+    expected = whole_scan(voxels[None], model, open_image(image).statistics).argmax(0)
+    certificate = done.certificate
+    assert certificate["precision"] == "bf16"
+    assert 1e-4 < certificate["max_difference"] < 0.1
+    assert certificate["n_voxels"] == 64 * 80
+    assert certificate["n_flipped"] == (open_labels(f"{image}/labels/x").array[:] != expected).sum()
+    with pytest.raises(StoreError, match="got another precision"):
+        plan_segment(image, model=model, name="x")
+
+
+def test_boxes_lie_in_the_scan_on_the_stride_with_both_corners():
+    boxes = sample_boxes((100, 37), largest=(16, 16), stride=(8, 4), n=20, seed=0)
+    assert boxes[0].start == (0, 0)
+    assert boxes[1].start[0] + 16 > 96
+    assert len(set(boxes)) == len(boxes) > 10
+    for box in boxes:
+        assert all(a % s == 0 and a < b <= n for a, b, s, n in zip(box.start, box.stop, (8, 4), (100, 37), strict=True))
+
+
+def test_the_command_prints_the_certificate_and_refuses_what_it_cannot_verify(tmp_path, capsys):
+    shape, settings = CASES["2-D valid"]
+    _, image, _, _ = segmented(tmp_path, shape, settings)
+    assert main(["verify", image, "--name", "x", "--boxes", "3", "--workers", "1"]) == 0
+    assert "max difference" in capsys.readouterr().out
+    assert main(["verify", image, "--name", "y"]) == 2
+    assert "labels must exist" in capsys.readouterr().err
+    np.testing.assert_equal(main(["verify", image, "--name", "x", "--budget", "10K"]), 2)
+    assert "raise --budget" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        verify(image, name="x", run=run_serial)
+    assert verify(image, name="x", model=str(tmp_path / "moved.safetensors"), run=run_serial).n_flipped_decided == 0
