@@ -13,12 +13,14 @@ from pipeline.errors import BudgetError, ModelError, RunError
 from pipeline.plan import Plan, plan_segment
 from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
+from pipeline.unet.cost import tile_multiply_adds
 from pipeline.unet.memory import choose_tile
 from pipeline.work.certify import TOLERANCE, Certified, CertifyBoxes, sample_boxes
 
 log = logging.getLogger("haloseg")
 
 N_BOXES = 4
+LARGEST_SHARE = 0.05
 _LARGEST = {2: 128, 3: 32}
 
 
@@ -90,19 +92,24 @@ def verify(
 
 
 def certify(
-    plan: Plan, *, run: RunBlocks, n_boxes: int = N_BOXES, seed: int = 0, watch: Watcher = UNWATCHED
+    plan: Plan, *, run: RunBlocks, n_boxes: int | None = None, seed: int = 0, watch: Watcher = UNWATCHED
 ) -> Certificate | None:
-    """Return how far the labels of a plan are from the reference; None where the budget is too small for it."""
-    dims, slices = plan.model.settings.dims, len(plan.grid.shape) - plan.model.settings.dims
-    stride = plan.model.rule.stride
-    largest = tuple(-(-_LARGEST[dims] // s) * s for s in stride)
+    """Return how far the labels of a plan are from the reference; None where the budget is too small for it.
+
+    Parameters
+    ----------
+    n_boxes : by default a few, and smaller and fewer ones where they would take more than a small share of the run
+    """
+    slices = len(plan.grid.shape) - plan.model.settings.dims
+    largest, n_affordable = _affordable(plan)
     try:
-        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=largest)
+        window = tuple(n + 2 * s for n, s in zip(largest, plan.model.rule.stride, strict=True))
+        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window)
     except BudgetError as error:
         log.warning("no certificate: for the reference %s", error)
         return None
     boxes = sample_boxes(
-        plan.grid.shape, largest=(1,) * slices + largest, stride=plan.rule.stride, n=n_boxes, seed=seed
+        plan.grid.shape, largest=(1,) * slices + largest, stride=plan.rule.stride, n=n_boxes or n_affordable, seed=seed
     )
     found: list[Certified] = []
 
@@ -127,3 +134,16 @@ def certify(
     if plan.precision is Precision.FLOAT32 and largest_difference > TOLERANCE:
         log.warning("float32 must differ from the reference by at most %.0e: %s", TOLERANCE, certificate.line)
     return certificate
+
+
+def _affordable(plan: Plan) -> tuple[tuple[int, ...], int]:
+    """Return the largest boxes, along the network's axes, and their number, that take a small share of the run."""
+    rule, settings = plan.model.rule, plan.model.settings
+    side, spare = _LARGEST[settings.dims], LARGEST_SHARE * plan.multiply_adds
+    while True:
+        box = tuple(-(-side // s) * s for s in rule.stride)
+        window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
+        cost = 2 * tile_multiply_adds(settings, window)  # the reference, and at most as much for the engine
+        if cost <= spare or box == rule.stride:
+            return box, max(1, min(N_BOXES, int(spare // cost)))
+        side //= 2

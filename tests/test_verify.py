@@ -61,8 +61,8 @@ def test_wrong_labels_are_found_and_counted(tmp_path):
     core = plan_segment(image, model=str(tmp_path / "model.safetensors"), name="x").grid.block(0).core
     write_shard(open_array(at), core, wrong[core.slices], location=at)
     found = verify(image, name="x", run=run_serial, n_boxes=1)
-    assert found.n_flipped == 512
-    assert 500 < found.n_flipped_decided <= 512
+    assert found.n_flipped == min(512, found.n_voxels)
+    assert 0.95 * found.n_flipped < found.n_flipped_decided
     assert found.max_difference <= 1e-5
 
 
@@ -73,8 +73,11 @@ def test_the_difference_of_lower_precision_is_measured_and_kept(tmp_path):
     certificate = done.certificate
     assert certificate["precision"] == "bf16"
     assert 1e-4 < certificate["max_difference"] < 0.1
-    assert certificate["n_voxels"] == 64 * 80
-    assert certificate["n_flipped"] == (open_labels(f"{image}/labels/x").array[:] != expected).sum()
+    n_flipped = (open_labels(f"{image}/labels/x").array[:] != expected).sum()
+    found = verify(image, name="x", n_boxes=400, run=run_serial)
+    assert found.n_voxels > certificate["n_voxels"]
+    assert n_flipped >= certificate["n_flipped"]
+    assert 0.3 < (found.n_flipped / found.n_voxels) / (n_flipped / (64 * 80)) < 3
     with pytest.raises(StoreError, match="got another precision"):
         plan_segment(image, model=model, name="x")
 

@@ -90,7 +90,10 @@ class ColumnPredictor:
         slices = core.ndim - self.engine.dims
         axis = slices + self.engine.order[0]
         head = self.engine.settings.head
-        outputs = stream.run(core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), slices))
+        outputs = stream.run(
+            core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), slices),
+            n_batch=core.shape[0] if slices else 1,
+        )  # fmt: skip
         while True:
             try:
                 with torch.inference_mode(), exactly(tf32=self.precision is Precision.TF32):

@@ -7,6 +7,8 @@ from math import prod
 from pipeline.unet.layers import Chain, Conv, Join, Pool, Span, Up, chain_of, lags, multiply_adds
 from pipeline.unet.settings import Padding, UNetSettings
 
+ALLOCATOR = 1.2
+
 
 def bare_multiply_adds(settings: UNetSettings, shape: tuple[int, ...]) -> int:
     """Return the multiplications of one pass over a scan of this shape without any halo: the least there can be.
@@ -52,6 +54,8 @@ def stream_bytes(
 ) -> int:
     """Return the bytes that a stream keeps between slabs and those of the layer at work, at the worst moment.
 
+    The allocator's share is in it: what it holds was 0.9 to 1.1 times this, above some 20 MiB, of 7 networks measured.
+
     Parameters
     ----------
     cross : for every tensor its extent across the column, one (start, stop) per axis
@@ -77,4 +81,4 @@ def stream_bytes(
             working = max(working, made + channels[at] * rows[at] * areas[at])
         elif isinstance(layer, Pool):
             working = max(working, channels[at] * rows[at] * areas[at] * 2)
-    return (kept + working) * itemsize
+    return int(ALLOCATOR * (kept + working) * itemsize)

@@ -13,9 +13,8 @@ engines: 2 * reach rows for each convolution, and for each skip as many as the d
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,12 +44,14 @@ class _Slab:
         return replace(self, x=x, cross=cross)
 
 
-@dataclass(slots=True)
-class _State:
-    """What a layer remembers of earlier slabs: the last rows of its input, or the slabs that wait to be joined."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """``n`` rows of a slab, from row ``source`` on, that go to row ``target``."""
 
-    rows: Tensor | None = None
-    slabs: deque[_Slab] = field(default_factory=deque)
+    slab: _Slab
+    source: int
+    target: int
+    n: int
 
 
 class Stream:
@@ -86,7 +87,7 @@ class Stream:
         for step in range(low // self.slab, -(-high // self.slab)):
             yield max(low, step * self.slab), min(high, (step + 1) * self.slab)
 
-    def run(self, start: int, stop: int, read: ReadRows) -> Iterator[tuple[int, Tensor]]:
+    def run(self, start: int, stop: int, read: ReadRows, *, n_batch: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Yield (row, logits) until rows ``start`` to ``stop`` are done, in order and without gaps.
 
         Parameters
@@ -99,33 +100,59 @@ class Stream:
         the position of the first row, and logits (batch, n_classes, rows, *the core's cross-section)
         """
         needed = spans(self.chain, (start, stop))
-        states = [_State() for _ in self.chain]
+        kept = self._kept(n_batch)
         last = (stop - 1 - self._lags[-1]) // self.slab
         for step in range(needed[0][0] // self.slab, last + 1):
-            logits = self._step(step, needed, states, read)
+            logits = self._step(step, needed, kept, read)
             if logits is not None:
                 at = step * self.slab + self._lags[-1]
                 low, high = max(start, at), min(stop, at + self.slab)
                 yield low, logits.narrow(2, low - at, high - low)
 
-    def _step(self, step: int, needed: tuple[Span, ...], states: list[_State], read: ReadRows) -> Tensor | None:
+    def _kept(self, n_batch: int) -> list[Tensor]:
+        """Return what every layer keeps between slabs, still zero: the last rows of its input, or slabs that wait.
+
+        All of it is made beforehand, so that what comes and goes with each slab finds the same places free each time.
+        """
+        kept = []
+        for at, layer in enumerate(self.chain):
+            match layer:
+                case Conv():
+                    n, channels, cross = 2 * layer.reach, layer.into, self._under(at)
+                case Pool():
+                    n, channels, cross = self._is_odd(at, layer), layer.out, self._under(at)
+                case Join():
+                    n, channels, cross = self._n_waiting(at, layer) * self._n_rows[at + 1], 0, self._cross[at + 1]
+                    channels = self.chain[layer.skip - 1].out
+                case Up():
+                    n, channels, cross = 0, 0, ()
+            shape = (n_batch, channels, n, *(b - a for a, b in cross or self.cross))
+            kept.append(self.engine.empty(shape).zero_())
+        return kept
+
+    def _under(self, at: int) -> tuple[Span, ...]:
+        """Return what a layer needs of its input across the column."""
+        layer = self.chain[at]
+        return tuple(layer.needs(span) for span in self._cross[at + 1])
+
+    def _step(self, step: int, needed: tuple[Span, ...], kept: list[Tensor], read: ReadRows) -> Tensor | None:
         """Feed one slab; returns the logits that come out, None if none of them is needed."""
         inputs = [[_Piece(self._input(step, needed[0], read), 0, 0, self.slab)]]
         for at, layer in enumerate(self.chain):
             alive = self._alive(at + 1, step, needed)
             match layer:
                 case Conv():
-                    slab = self._convolved(at, layer, inputs, states[at], alive=alive)
+                    slab = self._convolved(at, layer, inputs, kept[at], alive=alive)
                 case Pool():
-                    slab = self._pooled(at, layer, inputs.pop().pop().slab, states[at], alive=alive)
+                    slab = self._pooled(at, layer, inputs.pop().pop().slab, kept[at], alive=alive)
                 case Up():
                     slab = self._doubled(at, layer, inputs.pop().pop().slab, alive=alive)
                 case Join():
-                    inputs.insert(0, self._waited(at, layer, states[at]))
+                    inputs.insert(0, self._waited(at, layer, kept[at], step))
                     continue
             inputs = [[_Piece(slab, 0, 0, self._n_rows[at + 1])]]
             for join in self._joins_of(at + 1):
-                self._wait(join, slab, states[join])
+                self._wait(join, slab, kept[join], step)
             del slab
         return inputs.pop().pop().slab.x
 
@@ -148,52 +175,38 @@ class Stream:
         return begin < needed[tensor][1] and begin + n > needed[tensor][0]
 
     def _convolved(
-        self, at: int, layer: Conv, inputs: list[list[_Piece]], state: _State, *, alive: bool
+        self, at: int, layer: Conv, inputs: list[list[_Piece]], before: Tensor, *, alive: bool
     ) -> _Slab:
         """Return a convolution's slab; its input is put behind the rows kept from before, in one copy."""
         out = _Slab(None, layer.out, self._cross[at + 1])
         if layer.reach == 0 and len(inputs) == 1 and (whole := inputs.pop().pop().slab).cross == out.cross:
             return out if whole.x is None or not alive else replace(out, x=self.engine.conv(at, whole.x))
-        n_batch = next((p.slab.x.shape[0] for part in inputs for p in part if p.slab.x is not None), 0)
-        if state.rows is not None:
-            n_batch = state.rows.shape[0]
-        if not n_batch:
-            return out
-        cross = tuple(layer.needs(span) for span in out.cross)
-        n_kept, n_rows = 2 * layer.reach, self._n_rows[at]
-        x = self.engine.empty((n_batch, layer.into, n_kept + n_rows, *(b - a for a, b in cross)))
+        cross, n_kept, n_rows = self._under(at), before.shape[2], self._n_rows[at]
+        x = self.engine.empty((*before.shape[:2], n_kept + n_rows, *(b - a for a, b in cross)))
         _fill(x.narrow(2, n_kept, n_rows), inputs, cross)
         inputs.clear()
         if n_kept:
-            before, after = x.narrow(2, 0, n_kept), x.narrow(2, n_rows, n_kept)
-            if state.rows is None:
-                before.zero_()
-                state.rows = after.clone(memory_format=self.engine.memory_format)
-            else:
-                before.copy_(state.rows)
-                state.rows.copy_(after)
+            x.narrow(2, 0, n_kept).copy_(before)
+            before.copy_(x.narrow(2, n_rows, n_kept))
         return replace(out, x=self.engine.conv(at, x)) if alive else out
 
-    def _pooled(self, at: int, layer: Pool, slab: _Slab, state: _State, *, alive: bool) -> _Slab:
+    def _is_odd(self, at: int, layer: Pool) -> int:
+        """Whether the first row of a slab is the second one of its pair."""
+        return (self._lags[at] - layer.phase) % 2
+
+    def _pooled(self, at: int, layer: Pool, slab: _Slab, before: Tensor, *, alive: bool) -> _Slab:
         """Return the maximum of pairs; a row without its partner waits for the next slab."""
         out = _Slab(None, layer.out, self._cross[at + 1])
-        x = slab.cropped(tuple(layer.needs(span) for span in out.cross)).x
+        x = slab.cropped(self._under(at)).x
         if x is None:
             return out
-        odd = (self._lags[at] - layer.phase) % 2
-        before = state.rows
-        if odd:
-            state.rows = x.narrow(2, x.shape[2] - 1, 1).clone(memory_format=self.engine.memory_format)
-        if not alive:
-            return out
-        if odd:
-            y = self.engine.empty((*x.shape[:2], x.shape[2] // 2, *x.shape[3:]))
-            torch.maximum(x[:, :, :1] if before is None else before, x[:, :, :1], out=y[:, :, :1])
-            torch.maximum(x[:, :, 1:-1:2], x[:, :, 2::2], out=y[:, :, 1:])
-        else:
-            y = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
-        del x, slab
-        return replace(out, x=_halved(y))
+        if not self._is_odd(at, layer):
+            return replace(out, x=_halved(torch.maximum(x[:, :, ::2], x[:, :, 1::2]))) if alive else out
+        y = self.engine.empty((*x.shape[:2], x.shape[2] // 2, *x.shape[3:]))
+        torch.maximum(before, x[:, :, :1], out=y[:, :, :1])
+        torch.maximum(x[:, :, 1:-1:2], x[:, :, 2::2], out=y[:, :, 1:])
+        before.copy_(x[:, :, -1:])
+        return replace(out, x=_halved(y)) if alive else out
 
     def _doubled(self, at: int, layer: Up, slab: _Slab, *, alive: bool) -> _Slab:
         """Return twice the resolution along every axis."""
@@ -208,36 +221,27 @@ class Stream:
         """Return how many rows a skip is ahead of the branch that it waits for."""
         return self._lags[layer.skip] - self._lags[at]
 
-    def _wait(self, at: int, slab: _Slab, state: _State) -> None:
-        """Keep a skip's slab until its join has come as far, and of it what the join needs, where that is much less."""
-        kept = slab.cropped(self._cross[at + 1])
-        if kept.x is not None and kept.x.nbytes < _WORTH_COPYING * kept.x.untyped_storage().nbytes():
-            kept = replace(kept, x=kept.x.clone(memory_format=self.engine.memory_format))
-        state.slabs.append(kept)
+    def _n_waiting(self, at: int, layer: Join) -> int:
+        """Return how many slabs of a skip are kept, the one at hand included."""
+        return -(-self._delay(at, layer) // self._n_rows[at + 1]) + 1
 
-    def _waited(self, at: int, layer: Join, state: _State) -> list[_Piece]:
+    def _wait(self, at: int, slab: _Slab, ring: Tensor, step: int) -> None:
+        """Keep what a join needs of a skip's slab until the other branch has come as far."""
+        n = self._n_rows[at + 1]
+        x = slab.cropped(self._cross[at + 1]).x
+        if x is not None:
+            ring.narrow(2, step * n % ring.shape[2], n).copy_(x)
+
+    def _waited(self, at: int, layer: Join, ring: Tensor, step: int) -> list[_Piece]:
         """Return the skip's rows that belong beside the other branch's: the end of one slab, the begin of the next."""
         n = self._n_rows[at + 1]
         back, rest = divmod(self._delay(at, layer), n)
-        nothing = replace(state.slabs[-1], x=None)
-        past = [*reversed(state.slabs), *(nothing,) * (back + 2)]
-        while len(state.slabs) > back + bool(rest):
-            state.slabs.popleft()
-        pieces = [_Piece(past[back], 0, rest, n - rest)]
-        return [*pieces, _Piece(past[back + 1], n - rest, 0, rest)] if rest else pieces
-
-
-_WORTH_COPYING = 0.85
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """``n`` rows of a slab, from row ``source`` on, that go to row ``target``."""
-
-    slab: _Slab
-    source: int
-    target: int
-    n: int
+        slabs = [
+            _Slab(ring.narrow(2, (step - each) * n % ring.shape[2], n), ring.shape[1], self._cross[at + 1])
+            for each in (back, back + 1)
+        ]
+        pieces = [_Piece(slabs[0], 0, rest, n - rest)]
+        return [*pieces, _Piece(slabs[1], n - rest, 0, rest)] if rest else pieces
 
 
 def _fill(into: Tensor, parts: Sequence[list[_Piece]], cross: tuple[Span, ...]) -> None:

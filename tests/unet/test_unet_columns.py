@@ -1,6 +1,9 @@
 """Columns: their cost is counted right, they fit the budget, and wider ones waste less."""
 
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -9,11 +12,13 @@ from test_unet_predict import trained
 from test_unet_streaming import noise, streamed
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config import Precision
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.unet.columns import Columns, Streaming
-from pipeline.unet.cost import bare_multiply_adds
+from pipeline.unet.cost import bare_multiply_adds, stream_bytes
 from pipeline.unet.engine import Engine
+from pipeline.unet.layers import chain_of, spans
 from pipeline.unet.settings import Padding, UNetSettings
 
 
@@ -88,6 +93,62 @@ def test_what_is_read_counts_whole_chunks_and_halos_inside_the_scan():
     assert what.voxels_read(Columns(0, 2, (2, 2), (64, 64))) == 64 * 64
     halo = 8  # two 3x3 convolutions on the first level, two on the second, whose voxels are twice as wide, two more
     assert what.voxels_read(Columns(0, 2, (2, 1), (64, 32))) == 64 * 2 * (32 + halo)
+
+
+MEASURE = """
+import json, sys, threading, time
+import psutil, torch
+from pipeline.config import Precision
+from pipeline.unet.engine import keep_freed_memory, make_engine
+from pipeline.unet.network import UNet, classes_of
+from pipeline.unet.settings import UNetSettings
+from pipeline.unet.streaming import Stream
+
+document, precision, slab, small, large = json.loads(sys.argv[1])
+keep_freed_memory()
+network = UNet(UNetSettings.from_json(document)).eval().requires_grad_(False)
+engine, process = make_engine(network, device="cpu", precision=Precision(precision)), psutil.Process()
+def run(shape):
+    stream = Stream(engine, cross=tuple((0, n) for n in shape[1:]), slab=slab)
+    across = [b - a for a, b in stream.cross]
+    with torch.inference_mode():
+        for _, logits in stream.run(0, shape[0], lambda a, b: engine.empty((1, 1, b - a, *across)).zero_()):
+            classes_of(logits, network.settings.head)
+run(small)
+before, peak, over = process.memory_info().rss, [0], threading.Event()
+def watch():
+    while not over.is_set():
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+run(large)
+over.set()
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "precision", "slab", "small", "large"),
+    [
+        (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True), "float32", 64, (64, 16),
+         (256, 4096)),
+        (UNetSettings(dims=2, width=32, depth=3), "float32", 32, (64, 8), (128, 4096)),
+        (UNetSettings(dims=3, width=16, depth=3, padding=Padding.SAME), "float32", 16, (16, 8, 8), (48, 160, 160)),
+        (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME), "bf16", 8, (16, 8, 8), (32, 300, 300)),
+    ],
+    ids=["2-D same", "2-D valid", "3-D", "3-D bf16"],
+)  # fmt: skip
+def test_the_memory_of_a_stream_is_predicted_within_15_percent(network, precision, slab, small, large):
+    arguments = json.dumps([network.to_json(), precision, slab, small, large])
+    done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, check=True)
+    chain = chain_of(network)
+    cross = tuple(zip(*(spans(chain, (0, n)) for n in large[1:]), strict=True))
+    predicted = stream_bytes(chain, cross, slab=slab, itemsize=Precision(precision).itemsize, in_channels=1)
+    ratio = int(done.stdout) / predicted
+    print(f"measured / predicted = {ratio:.2f}")
+    assert 0.85 < ratio < 1.15
 
 
 def test_settings_that_break_a_rule_are_refused():

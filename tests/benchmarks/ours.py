@@ -1,0 +1,58 @@
+"""Our own rows: the same image and model through ``plan`` and ``segment``, in one process, from Zarr to labels."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from peers import Scheme, in_memory
+
+from pipeline import config
+from pipeline.compute.runner import run_serial
+from pipeline.config import EngineName, Precision
+from pipeline.plan import plan_segment
+from pipeline.segment import segment
+from pipeline.unet.engine import keep_freed_memory, make_engine
+from pipeline.unet.numbers import widened
+
+_TILE_CORE = {2: 512, 3: 64}
+
+
+def ours(job, *, tiled=False, probabilities=False, **settings):
+    """Everything that a user's run does: labels, pyramid, certificate."""
+    labels, results = Path(job.image) / "labels" / "bench", Path(job.image) / "probabilities"
+    shutil.rmtree(labels, ignore_errors=True)
+    (labels.parent / "zarr.json").unlink(missing_ok=True)
+    shutil.rmtree(results, ignore_errors=True)
+    plan = partial(plan_segment, job.image, model=job.model, name="bench", probabilities=probabilities)
+    if tiled:
+        core = (_TILE_CORE[job.dims],) * job.dims
+        settings["tile"] = plan().model.rule.tile_shape(core)
+
+    def run():
+        segment(plan(scheme=config.Scheme(budget_bytes=2**32, **settings)), run=run_serial)
+        Path(job.classes).symlink_to((labels / "0").absolute(), target_is_directory=True)
+
+    return run
+
+
+def bare(job, *, precision):
+    """One pass of our engine over the scan in memory, zeros beyond its border: a limit, and not the promised result."""
+    keep_freed_memory()
+    engines = {}
+
+    def infer(network, x):
+        engine = engines.setdefault("one", make_engine(network, device="cpu", precision=precision))
+        return widened(engine(x.to(engine.dtype).contiguous(memory_format=engine.memory_format)))
+
+    return in_memory(job, infer)
+
+
+F32, BF16 = Precision.FLOAT32, Precision.BF16
+OURS = {
+    "ours, columns": Scheme(partial(ours, precision=F32), "fused"),
+    "ours, columns bf16": Scheme(partial(ours, precision=BF16), "fused", "bf16"),
+    "ours, tiles": Scheme(partial(ours, tiled=True, precision=F32), "fused"),
+    "ours, reference tiles": Scheme(partial(ours, tiled=True, engine=EngineName.REFERENCE), "reference"),
+    "whole scan, bare, our engine": Scheme(partial(bare, precision=F32), "fused"),
+    "whole scan, bare, our engine bf16": Scheme(partial(bare, precision=BF16), "fused", "bf16"),
+}
