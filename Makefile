@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv; a fresh machine needs python3 (with venv), make and a network for packages.
 PYTHON ?= python3
+BENCH  ?= --quick
 PIP     = .venv/bin/python -m pip --disable-pip-version-check
 READY   = .venv/.ready
 
@@ -24,8 +25,15 @@ lint: $(READY)   ## ruff and mypy --strict
 	.venv/bin/ruff check pipeline flows tests
 	.venv/bin/mypy
 
-bench: $(READY)  ## performance ratios, measured side by side
-	.venv/bin/python tests/benchmarks/bench_tiles.py
+.venv/.bench: $(READY)
+	$(PIP) install --quiet --constraint deploy/constraints.txt --editable '.[bench]'
+	touch .venv/.bench
+
+bench: .venv/.bench ## seconds, memory and exactness beside peers, small cases (minutes); BENCH= for the large ones
+	.venv/bin/python tests/benchmarks/bench_peers.py $(BENCH)
+
+bench-scale: $(READY) ## how a run scales: workers, voxels, columns
+	.venv/bin/python tests/benchmarks/bench_scale.py
 
 bench-memory: $(READY) ## a scan of 16 GiB through processes of under 2 GiB
 	.venv/bin/python tests/benchmarks/bench_memory.py
@@ -36,4 +44,4 @@ demo-model: $(READY) ## make the demo's scan and model again (needs HALOSEG_DATA
 clean:           ## remove what the targets made
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test test-slow lint bench bench-memory demo-model clean
+.PHONY: help demo test test-slow lint bench bench-scale bench-memory demo-model clean
