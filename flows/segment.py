@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import BlockRecord, run_serial
 from pipeline.compute.watch import Watcher
-from pipeline.config import DEFAULT_BUDGET_BYTES, Scheme
+from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
 from pipeline.console import bars, quantity
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
@@ -81,7 +81,8 @@ def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None) -> str
 def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int) -> Segmented:
     """Make the label volume on the cluster's workers."""
     log = get_run_logger()
-    scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=workers)
+    n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
+    scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing = len(plan.grid) - len(plan.done())
     log.info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--cluster", default="local", metavar="local|ADDRESS", help="run here, or on a Dask scheduler (tcp://host:8786)"
     )
-    workers_help = "local processes (default: the cores; ingest: 1)"
+    workers_help = "processes (default: the cores; ingest: 1); of a cluster, how many to share the work among"
     cluster.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     verbs = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(verb("train", "train a U-Net on images and their labels"))
     verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")
     _add_plan(plan := verb("plan", "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"))
+    plan.add_argument("--calibrate", action="store_true", help="time a few slabs on this machine, and tell how long")
     plan.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     _add_plan(segment := verb("segment", "make the label volume that the network gives on the whole scan", cluster))
     segment.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import EngineName, Precision, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, EngineName, Precision, Scheme
 from pipeline.console import bars
 from pipeline.errors import ArgumentError
 
@@ -67,7 +68,10 @@ def inspect(args: Namespace) -> Document:
 
 def plan(args: Namespace) -> Document:
     """Tell what segment would do."""
-    return _planned(_plan(args, args.image, name="plan"))
+    what = _plan(args, args.image, name="plan")
+    seconds = resolve_name("pipeline.forecast:forecast_s")(what) if args.calibrate else None
+    speed = {"seconds": seconds, "voxels_per_s": prod(what.grid.shape) / seconds} if seconds else {}
+    return _planned(what) | speed
 
 
 def segment(args: Namespace) -> Document:
@@ -130,8 +134,10 @@ def _plan(args: Namespace, image: str, *, name: str) -> Any:  # noqa: ANN401 nam
 
 
 def _n_workers(args: Namespace, device: str) -> int:
-    """Return the processes of a run on this machine: one per core, or one for the GPU."""
+    """Return the processes among which a run is shared out: here one per core, or one for the GPU."""
     usual = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
+    if getattr(args, "cluster", "local") != "local":
+        usual = UNCOUNTED_WORKERS
     return int(args.workers or usual)
 
 

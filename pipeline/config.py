@@ -8,6 +8,8 @@ from enum import StrEnum
 from pipeline.errors import ArgumentError
 
 DEFAULT_BUDGET_BYTES = 2**30
+# Workers of a cluster that are not counted before its scheduler is asked: columns are shared out among so many.
+UNCOUNTED_WORKERS = 64
 
 
 class EngineName(StrEnum):

@@ -140,14 +140,21 @@ def _streamed(
 ) -> _Counted:
     """Return the columns, how many there are, bytes of a worker, multiplications, and voxels read."""
     del rule
-    streaming = Streaming(
-        model.settings, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
-        scheme.precision.itemsize, scheme.device,
-    )  # fmt: skip
+    streaming = streaming_of(image, model, grid, output_bytes, precision=scheme.precision, device=scheme.device)
     columns, cost = streaming.choose(
         budget_bytes=scheme.budget_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
     )
     return columns, (), cost.n_columns, cost.peak_bytes, cost.multiply_adds, streaming.voxels_read(columns)
+
+
+def streaming_of(
+    image: Image, model: Model, grid: BlockGrid, output_bytes: int, *, precision: Precision, device: str
+) -> Streaming:
+    """Return what columns are chosen for."""
+    return Streaming(
+        model.settings, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
+        precision.itemsize, device,
+    )  # fmt: skip
 
 
 def _tiled(

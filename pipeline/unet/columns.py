@@ -182,6 +182,15 @@ class Streaming:
         slow = 1 + THIN_SLAB[self.settings.dims] * (self.settings.stride / columns.slab) ** 2
         return Cost(total, self.peak_bytes(columns), n_columns, slow * _makespan(kinds, n_workers))
 
+    def multiply_adds_per_row(self, columns: Columns) -> float:
+        """Return the multiplications for one row of a part of a column, once the stream is under way."""
+        part = tuple(min(n, most) for n, most in zip(self._core(columns.blocks), columns.part_shape, strict=True))
+        few, more = (
+            self._column_multiply_adds(columns, (*part[: columns.axis], n * columns.slab, *part[columns.axis + 1 :]))
+            for n in (64, 128)
+        )  # fmt: skip
+        return (more - few) / (64 * columns.slab)
+
     def voxels_read(self, columns: Columns) -> int:
         """Return the voxels that all columns read from the store, whole chunks along the streamed axis."""
         grid, total = columns.grid(self.shards), 1

@@ -1,0 +1,22 @@
+"""Forecast: how long a plan will take, from a few slabs that are timed."""
+
+from __future__ import annotations
+
+from pipeline.plan import Plan, streaming_of
+from pipeline.unet.calibrate import rows_per_s
+from pipeline.unet.engine import make_engine
+from pipeline.unet.model import build
+
+
+def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
+    """Return how long the whole run would take on this machine, by timing a few slabs of noise; None for tiles."""
+    if plan.columns is None:
+        return None
+    columns, slices = plan.columns, len(plan.grid.shape) - plan.model.settings.dims
+    engine = make_engine(
+        build(plan.model, "cpu"), device=plan.device, precision=plan.precision, first=columns.axis - slices
+    )
+    cross = tuple(n for at, n in enumerate(columns.part_shape) if at >= slices and at != columns.axis)
+    rate = rows_per_s(engine, cross=cross, slab=columns.slab, seconds=seconds)
+    streaming = streaming_of(plan.image, plan.model, plan.grid, 1, precision=plan.precision, device=plan.device)
+    return plan.multiply_adds / (rate * streaming.multiply_adds_per_row(columns))
