@@ -119,7 +119,8 @@ def _local_client(n_workers: int) -> Iterator[Client]:
 
     Each gets its share of the cores, unless the environment says OMP_NUM_THREADS already.
     """
-    n_threads = max(1, CPU_COUNT // n_workers)
+    own = os.environ.get("OMP_NUM_THREADS", "")  # torch lets MKL_NUM_THREADS, where it is set, overrule it
+    n_threads = int(own) if own.isdigit() else max(1, CPU_COUNT // n_workers)
     settings: dict[str, int] = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS}
     settings["distributed.scheduler.allowed-failures"] = RETRIES
     with (

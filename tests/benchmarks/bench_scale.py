@@ -48,9 +48,9 @@ def segmented(image, model, *, run, **scheme):
 
 def bench_workers(rounds):
     settings = UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True)
-    scan_file(FOLDER / "scan.tif", (2048, 4096))
-    image = ingest(str(FOLDER / "scan.tif"), str(FOLDER / "workers.zarr"), overwrite=True, shard=(512, 512)).location
-    model, seconds = model_file(FOLDER / "workers.safetensors", settings), {1: [], 2: []}
+    scan_file(FOLDER / "scan.tif", (4096, 4096))
+    image = ingest(str(FOLDER / "scan.tif"), str(FOLDER / "workers.zarr"), overwrite=True, shard=(1024, 1024)).location.url
+    model, seconds = str(model_file(FOLDER / "workers.safetensors", settings)), {1: [], 2: []}
     os.environ["OMP_NUM_THREADS"] = "1"
     for _ in range(rounds):
         for n_workers in seconds:
@@ -88,7 +88,7 @@ def slide(n_voxels):
 
 def bench_voxels(largest):
     settings = UNetSettings(dims=2, width=2, depth=1, n_convs=1, padding=Padding.SAME)
-    model, rows = model_file(FOLDER / "voxels.safetensors", settings), []
+    model, rows = str(model_file(FOLDER / "voxels.safetensors", settings)), []
     for power in range(24, largest + 1, 2):
         done = segmented(slide(2**power), model, run=run_serial)
         rows.append({
