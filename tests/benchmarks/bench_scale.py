@@ -49,7 +49,8 @@ def segmented(image, model, *, run, **scheme):
 def bench_workers(rounds):
     settings = UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True)
     scan_file(FOLDER / "scan.tif", (4096, 4096))
-    image = ingest(str(FOLDER / "scan.tif"), str(FOLDER / "workers.zarr"), overwrite=True, shard=(1024, 1024)).location.url
+    image = str(FOLDER / "workers.zarr")
+    ingest(str(FOLDER / "scan.tif"), image, overwrite=True, shard=(1024, 1024))
     model, seconds = str(model_file(FOLDER / "workers.safetensors", settings)), {1: [], 2: []}
     os.environ["OMP_NUM_THREADS"] = "1"
     for _ in range(rounds):
