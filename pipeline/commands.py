@@ -68,7 +68,7 @@ def inspect(args: Namespace) -> Document:
 
 def plan(args: Namespace) -> Document:
     """Tell what segment would do."""
-    what = _plan(args, args.image, name="plan")
+    what = _plan(args, args.image, name="plan", scheme=_scheme_of(args))
     seconds = resolve_name("pipeline.forecast:forecast_s")(what) if args.calibrate else None
     speed = {"seconds": seconds, "voxels_per_s": prod(what.grid.shape) / seconds} if seconds else {}
     return _planned(what) | speed
@@ -77,10 +77,11 @@ def plan(args: Namespace) -> Document:
 def segment(args: Namespace) -> Document:
     """Segment an image or a scan."""
     with bars(shown=True) as watch:
+        scheme = _scheme_of(args)
         image = resolve_name("pipeline.segment:as_image")(
-            args.image, model=args.model, name=args.name, tile=args.tile, watch=watch
+            args.image, model=args.model, name=args.name, scheme=scheme, watch=watch
         )
-        what = _plan(args, image, name=args.name)
+        what = _plan(args, image, name=args.name, scheme=scheme)
         with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
             result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
     return {
@@ -120,17 +121,20 @@ def _described(path: str) -> Document:
     return document
 
 
-def _plan(args: Namespace, image: str, *, name: str) -> Any:  # noqa: ANN401 named in a module that is imported late
+def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # noqa: ANN401 of a module imported late
+    return resolve_name("pipeline.plan:plan_segment")(
+        image, model=args.model, name=name, probabilities=args.probabilities, scheme=scheme
+    )
+
+
+def _scheme_of(args: Namespace) -> Scheme:
     settings = {} if args.budget is None else {"budget_bytes": args.budget}
     device = resolve_name("pipeline.unet.device:pick_device")(args.device)
-    scheme = Scheme(
+    return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
         precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
         column=args.column, n_workers=_n_workers(args, device), **settings,
     )  # fmt: skip
-    return resolve_name("pipeline.plan:plan_segment")(
-        image, model=args.model, name=name, probabilities=args.probabilities, scheme=scheme
-    )
 
 
 def _n_workers(args: Namespace, device: str) -> int:

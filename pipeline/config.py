@@ -71,7 +71,7 @@ class Scheme:
 
     @property
     def taken(self) -> EngineName:
-        """The engine: fused layers were the fastest of all on every network and machine that was measured."""
+        """The engine: fused layers unless another is asked for; see the README for what was measured."""
         return self.engine or EngineName.FUSED
 
     @property

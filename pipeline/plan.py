@@ -26,8 +26,8 @@ from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import UNetSettings
-from pipeline.work.blocks import Outputs, SegmentBlocks
-from pipeline.work.columns import SegmentColumns
+from pipeline.works.blocks import Outputs, SegmentBlocks
+from pipeline.works.columns import SegmentColumns
 
 log = logging.getLogger("haloseg")
 
@@ -111,7 +111,7 @@ def plan_segment(
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
     _warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
-    rule = network.rule.over_slices() if slices else network.rule
+    rule = _over(network, slices)
     layout = same_layout(of, rule.stride)
     grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
     labels = Labels(
@@ -123,7 +123,7 @@ def plan_segment(
     n_likely = network.settings.n_classes if probabilities else 0
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
     how = _tiled if scheme.tiled else _streamed
-    columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, rule, scheme, 1 + 4 * n_likely)
+    columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, 1 + 4 * n_likely)
     return Plan(
         of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
         scheme.precision, n_units, peak, scheme.budget_bytes, multiply_adds,
@@ -132,14 +132,18 @@ def plan_segment(
     )  # fmt: skip
 
 
+def _over(model: Model, slices: int) -> TileRule:
+    """Return the network's rule over the image's spatial axes."""
+    return model.rule.over_slices() if slices else model.rule
+
+
 _Counted = tuple[Columns | None, tuple[int, ...], int, int, int, int]
 
 
 def _streamed(
-    image: Image, model: Model, grid: BlockGrid, rule: TileRule, scheme: Scheme, output_bytes: int
+    image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int
 ) -> _Counted:
     """Return the columns, how many there are, bytes of a worker, multiplications, and voxels read."""
-    del rule
     streaming = streaming_of(image, model, grid, output_bytes, precision=scheme.precision, device=scheme.device)
     columns, cost = streaming.choose(
         budget_bytes=scheme.budget_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
@@ -158,10 +162,11 @@ def streaming_of(
 
 
 def _tiled(
-    image: Image, model: Model, grid: BlockGrid, rule: TileRule, scheme: Scheme, output_bytes: int
+    image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int
 ) -> _Counted:
     """Return the tile, how many there are, bytes of a worker, multiplications, and voxels read."""
     slices = len(grid.shape) - model.settings.dims
+    rule = _over(model, slices)
     buffers = _buffer_bytes(grid, image, output_bytes)
     tile = _tile(model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.budget_bytes - buffers)
     activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]))

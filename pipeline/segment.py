@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.compute.levels import build_levels
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
+from pipeline.config import Scheme
 from pipeline.errors import QuarantineError
 from pipeline.ingest import identity, ingest
-from pipeline.plan import Plan, check_fit, given_tile
+from pipeline.plan import USUAL, Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
 from pipeline.store.image import read_image
 from pipeline.store.labels import Labels, check_name, create_labels, publish, published, read_labels
@@ -157,7 +158,7 @@ def _run(plan: Plan, done: set[int], *, run: RunBlocks, tally: _Tally) -> tuple[
 
 
 def as_image(
-    path: str, *, model: str, name: str, tile: tuple[int, ...] | None = None, watch: Watcher = UNWATCHED
+    path: str, *, model: str, name: str, scheme: Scheme = USUAL, watch: Watcher = UNWATCHED
 ) -> str:
     """Return the path of the image at ``path``; a scan is ingested beside itself first, if it can be segmented then.
 
@@ -170,8 +171,10 @@ def as_image(
     network, scan = load_model(model), open_scan(path)
     spatial = [d for d in scan.dims if d != "c"]
     check_fit(network, n_spatial=len(spatial), n_channels=scan.sizes.get("c", 1), path=model)
-    if tile:
-        given_tile(network, tile)
+    if scheme.tile:
+        given_tile(network, scheme.tile)
+    if scheme.slab:
+        network.settings.check_slab(scheme.slab)
     beside = _beside(path)
     there = read_image(beside)
     if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():

@@ -15,7 +15,7 @@ from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
 from pipeline.unet.cost import tile_multiply_adds
 from pipeline.unet.memory import choose_tile
-from pipeline.work.certify import TOLERANCE, Certified, CertifyBoxes, sample_boxes
+from pipeline.works.certify import TOLERANCE, Certified, CertifyBoxes, sample_boxes
 
 log = logging.getLogger("haloseg")
 
@@ -31,7 +31,7 @@ class Certificate:
     Attributes
     ----------
     engine, precision : what made the labels
-    n_boxes, n_voxels : that were computed again; always the scan's first and last corner, the others by chance
+    n_boxes, n_voxels : that were computed again: at the scan's first corner, then at its last, then by chance
     max_difference : of the probabilities, in two digits
     n_flipped : voxels of another class
     n_flipped_decided : of them those where the reference's best two are further apart than rounding, 2e-5
@@ -81,8 +81,8 @@ def verify(
         raise ModelError(f"labels must tell their model to be verified, got none in {labels.location}; give --model")
     usual = scheme or Scheme()
     scheme = Scheme(
-        engine=EngineName(made["engine"]), precision=Precision(made["precision"]), device=usual.device,
-        budget_bytes=usual.budget_bytes,
+        engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
+        device=usual.device, budget_bytes=usual.budget_bytes,
     )  # fmt: skip
     plan = plan_segment(image, model=str(path), name=name, scheme=scheme)
     certificate = certify(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)

@@ -217,6 +217,8 @@ def test_a_scan_is_not_ingested_for_a_segmentation_that_cannot_be(tmp_path, scan
     assert "label name" in fails(capsys, *segment, "--name", "../x")
     assert "label name" in fails(capsys, *segment, "--name", "zarr.json")
     assert "tile must be twice the halo" in fails(capsys, *segment, "--name", "x", "--tile", "21")
+    assert "slab must be a multiple of the stride" in fails(capsys, *segment, "--name", "x", "--slab", "3")
+    assert "by tiles or by columns" in fails(capsys, *segment, "--name", "x", "--slab", "4", "--tile", "22")
     assert not scan.with_suffix(".zarr").exists()
 
 

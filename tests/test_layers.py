@@ -15,7 +15,7 @@ LARGEST_MODULE = 300
 
 # From the bottom up: a module imports from its own layer or from those before it.
 LAYERS = (
-    "errors", "config", "geometry", "scans", "store", "unet", "labels", "compute", "work", "verbs", "cli", "flows",
+    "errors", "config", "geometry", "scans", "store", "unet", "labels", "compute", "works", "verbs", "cli", "flows",
 )  # fmt: skip
 TOP_FILES = {"errors": "errors", "config": "config", "demo": "cli"} | dict.fromkeys(
     ("cli", "commands", "console", "__main__"), "cli"

@@ -22,7 +22,7 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
-from pipeline.work.columns import SegmentColumns
+from pipeline.works.columns import SegmentColumns
 
 CASES = {
     "3-D same": ((33, 37, 20), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1)),

@@ -17,7 +17,7 @@ from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
 from pipeline.unet.settings import Head, Padding, UNetSettings
 from pipeline.verify import verify
-from pipeline.work.certify import sample_boxes
+from pipeline.works.certify import sample_boxes
 
 CASES = {
     "3-D same": ((40, 33, 50), UNetSettings(dims=3, width=4, depth=1, padding=Padding.SAME, batch_norm=True)),
@@ -100,6 +100,11 @@ def test_the_command_prints_the_certificate_and_refuses_what_it_cannot_verify(tm
     assert "labels must exist" in capsys.readouterr().err
     np.testing.assert_equal(main(["verify", image, "--name", "x", "--budget", "10K"]), 2)
     assert "raise --budget" in capsys.readouterr().err
+    np.save(tmp_path / "truth.npy", np.zeros(shape, np.uint8))
+    assert main(["ingest", "--labels-of", image, "--name", "truth", str(tmp_path / "truth.npy")]) == 0
+    capsys.readouterr()
+    for model in ([], ["--model", str(tmp_path / "model.safetensors")]):
+        assert main(["verify", image, "--name", "truth", *model]) == 2
     (tmp_path / "model.safetensors").rename(tmp_path / "moved.safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         verify(image, name="x", run=run_serial)

@@ -46,6 +46,10 @@ class Box:
             raise ArgumentError(f"a box outside the volume has no slices, got {self}; clip it or read it mirrored")
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
 
+    def inside(self, outer: Box) -> tuple[slice, ...]:
+        """Return the box as an index into an array that holds the voxels of ``outer``."""
+        return self.shift(tuple(-a for a in outer.start)).slices
+
     def grow(self, halo: tuple[int, ...]) -> Box:
         """Return the box with ``halo`` voxels more on both sides of each axis."""
         return Box(

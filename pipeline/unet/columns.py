@@ -120,11 +120,8 @@ class Streaming:
         return best[1], best[2]
 
     def _check(self, slab: int | None, blocks: tuple[int, ...] | None) -> None:
-        stride = self.settings.stride
-        if slab is not None and (slab < stride or slab % stride):
-            raise ArgumentError(
-                f"slab must be a multiple of the stride {stride}, got {slab}; use {max(1, -(-slab // stride)) * stride}"
-            )
+        if slab is not None:
+            self.settings.check_slab(slab)
         if blocks is not None and (len(blocks) != len(self.shards.shape) or min(blocks) < 1):
             raise ArgumentError(
                 f"a column needs {len(self.shards.shape)} numbers of shards, at least 1, got {blocks}; "
@@ -254,7 +251,7 @@ class Streaming:
         area = prod(n + 2 * h for at, (n, h) in enumerate(zip(core, halo, strict=True)) if at != axis)
         in_parts = columns.part_shape[:axis] + columns.part_shape[axis + 1 :] != core[:axis] + core[axis + 1 :]
         chunk = self.chunk_shape[axis]
-        rows = core[axis] + 2 * halo[axis] if in_parts else min(3, 2 + ceil(halo[axis] / chunk)) * chunk
+        rows = core[axis] + 2 * halo[axis] if in_parts else (2 + ceil(halo[axis] / chunk)) * chunk
         part = zip(columns.part_shape, halo, strict=True)
         slab_area = prod(n + 2 * h for at, (n, h) in enumerate(part) if at != axis)
         ahead = (SLABS_AHEAD + 2) * columns.slab * slab_area * (self.voxel_bytes + 4 * self.settings.in_channels)

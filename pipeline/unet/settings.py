@@ -115,6 +115,14 @@ class UNetSettings:
         least = max(size, 2 * self.loss + 1)
         return least + (phase - least) % self.stride
 
+    def check_slab(self, slab: int) -> None:
+        """Refuse rows that are no multiple of the stride."""
+        if slab < self.stride or slab % self.stride:
+            raise ArgumentError(
+                f"slab must be a multiple of the stride {self.stride}, got {slab}; "
+                f"use {max(1, -(-slab // self.stride)) * self.stride}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
         return asdict(self)

@@ -65,15 +65,15 @@ class Stream:
     """
 
     def __init__(self, engine: Engine, *, cross: tuple[Span, ...], slab: int) -> None:
-        stride = engine.settings.stride
-        if len(cross) != engine.dims - 1 or slab < stride or slab % stride:
+        engine.settings.check_slab(slab)
+        if len(cross) != engine.dims - 1:
             raise ArgumentError(
-                f"a stream needs {engine.dims - 1} cross axes and slabs of a multiple of the stride {stride}, got "
-                f"{len(cross)} and {slab}; use {max(1, slab // stride) * stride}"
+                f"a stream needs {engine.dims - 1} axes across it, got {len(cross)}; give all but the streamed one"
             )
         self.engine, self.slab, self.chain = engine, slab, engine.chain
         self._cross = list(zip(*(spans(self.chain, each) for each in cross), strict=True))
         self._lags = lags(self.chain)
+        self._joins = {layer.skip: at for at, layer in enumerate(self.chain) if isinstance(layer, Join)}
         self._n_rows = [slab >> level for level in (0, *(layer.level for layer in self.chain))]
 
     @property
@@ -122,7 +122,7 @@ class Stream:
                 case Pool():
                     n, channels, cross = self._is_odd(at, layer), layer.out, self._under(at)
                 case Join():
-                    n, channels, cross = self._n_waiting(at, layer) * self._n_rows[at + 1], 0, self._cross[at + 1]
+                    n, cross = self._n_waiting(at, layer) * self._n_rows[at + 1], self._cross[at + 1]
                     channels = self.chain[layer.skip - 1].out
                 case Up():
                     n, channels, cross = 0, 0, ()
@@ -151,7 +151,7 @@ class Stream:
                     inputs.insert(0, self._waited(at, layer, kept[at], step))
                     continue
             inputs = [[_Piece(slab, 0, 0, self._n_rows[at + 1])]]
-            for join in self._joins_of(at + 1):
+            if (join := self._joins.get(at + 1)) is not None:
                 self._wait(join, slab, kept[join], step)
             del slab
         return inputs.pop().pop().slab.x
@@ -179,6 +179,8 @@ class Stream:
     ) -> _Slab:
         """Return a convolution's slab; its input is put behind the rows kept from before, in one copy."""
         out = _Slab(None, layer.out, self._cross[at + 1])
+        if not alive and inputs[-1][0].slab.x is None:  # before the first row that is needed, or after the last
+            return out
         if layer.reach == 0 and len(inputs) == 1 and (whole := inputs.pop().pop().slab).cross == out.cross:
             return out if whole.x is None or not alive else replace(out, x=self.engine.conv(at, whole.x))
         cross, n_kept, n_rows = self._under(at), before.shape[2], self._n_rows[at]
@@ -213,9 +215,6 @@ class Stream:
         cross = tuple((layer.has(low), layer.has(high)) for low, high in slab.cross)
         x = self.engine.up(at, slab.x) if alive and slab.x is not None else None
         return _Slab(x, layer.out, cross)
-
-    def _joins_of(self, tensor: int) -> list[int]:
-        return [at for at, layer in enumerate(self.chain) if isinstance(layer, Join) and layer.skip == tensor]
 
     def _delay(self, at: int, layer: Join) -> int:
         """Return how many rows a skip is ahead of the branch that it waits for."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from torch import library as torch_library
 
 from pipeline.store.image import open_image
 from pipeline.store.location import Location
@@ -205,9 +206,9 @@ def _predict_with_halo() -> Any:
     It imports all the same once the operators that it then cannot load have a name (torchvision 0.28.0).
     """
     if not torch.version.cuda:
-        library = torch.library.Library("torchvision", "DEF")
+        operators = torch_library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from torch_em.util.prediction import predict_with_halo
 
     return predict_with_halo

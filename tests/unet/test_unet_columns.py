@@ -1,13 +1,11 @@
 """Columns: their cost is counted right, they fit the budget, and wider ones waste less."""
 
 import itertools
-import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import measured
 from test_unet_predict import trained
 from test_unet_streaming import noise, streamed
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,8 +94,9 @@ def test_what_is_read_counts_whole_chunks_and_halos_inside_the_scan():
 
 
 MEASURE = """
-import json, sys, threading, time
-import psutil, torch
+import json, sys
+import torch
+from peaks import grown
 from pipeline.config import Precision
 from pipeline.unet.engine import keep_freed_memory, make_engine
 from pipeline.unet.network import UNet, classes_of
@@ -107,7 +106,7 @@ from pipeline.unet.streaming import Stream
 document, precision, slab, small, large = json.loads(sys.argv[1])
 keep_freed_memory()
 network = UNet(UNetSettings.from_json(document)).eval().requires_grad_(False)
-engine, process = make_engine(network, device="cpu", precision=Precision(precision)), psutil.Process()
+engine = make_engine(network, device="cpu", precision=Precision(precision))
 def run(shape):
     stream = Stream(engine, cross=tuple((0, n) for n in shape[1:]), slab=slab)
     across = [b - a for a, b in stream.cross]
@@ -115,17 +114,7 @@ def run(shape):
         for _, logits in stream.run(0, shape[0], lambda a, b: engine.empty((1, 1, b - a, *across)).zero_()):
             classes_of(logits, network.settings.head)
 run(small)
-before, peak, over = process.memory_info().rss, [0], threading.Event()
-def watch():
-    while not over.is_set():
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.0005)
-thread = threading.Thread(target=watch)
-thread.start()
-run(large)
-over.set()
-thread.join()
-print(peak[0] - before)
+print(grown(lambda: run(large)))
 """
 
 
@@ -141,12 +130,10 @@ print(peak[0] - before)
     ids=["2-D same", "2-D valid", "3-D", "3-D bf16"],
 )  # fmt: skip
 def test_the_memory_of_a_stream_is_predicted_within_15_percent(network, precision, slab, small, large):
-    arguments = json.dumps([network.to_json(), precision, slab, small, large])
-    done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, check=True)
     chain = chain_of(network)
     cross = tuple(zip(*(spans(chain, (0, n)) for n in large[1:]), strict=True))
     predicted = stream_bytes(chain, cross, slab=slab, itemsize=Precision(precision).itemsize, in_channels=1)
-    ratio = int(done.stdout) / predicted
+    ratio = measured(MEASURE, [network.to_json(), precision, slab, small, large]) / predicted
     print(f"measured / predicted = {ratio:.2f}")
     assert 0.85 < ratio < 1.15
 

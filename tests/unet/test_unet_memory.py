@@ -1,13 +1,11 @@
 import itertools
-import json
-import subprocess
-import sys
 from math import prod
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import measured
 
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.store.statistics import Normalisation
@@ -28,29 +26,20 @@ def a_model(network: UNetSettings) -> Model:
 
 
 MEASURE = """
-import json, sys, threading, time
-import psutil, torch
+import json, sys
+import torch
+from peaks import grown
 from pipeline.unet.network import UNet, classes_of
 from pipeline.unet.settings import UNetSettings
 
 document, small, tile = json.loads(sys.argv[1])
 settings = UNetSettings.from_json(document)
-network, process = UNet(settings).eval(), psutil.Process()
+network = UNet(settings).eval()
 def run(shape):
     with torch.inference_mode():
         classes_of(network.probabilities(network(torch.randn(1, settings.in_channels, *shape))), settings.head)
 run(small)
-before, peak, over = process.memory_info().rss, [0], threading.Event()
-def watch():
-    while not over.is_set():
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.0005)
-thread = threading.Thread(target=watch)
-thread.start()
-run(tile)
-over.set()
-thread.join()
-print(peak[0] - before)
+print(grown(lambda: run(tile)))
 """
 
 
@@ -65,10 +54,8 @@ print(peak[0] - before)
     ids=lambda v: f"{v.dims}d-{v.padding}" if isinstance(v, UNetSettings) else "",
 )
 def test_predicted_peak_bounds_the_measured_one(network, small, tile):
-    arguments = json.dumps([network.to_json(), small, tile])
-    done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, check=True)
     weights = sum(t.numel() * t.element_size() for t in UNet(network).state_dict().values())
-    ratio = int(done.stdout) / (peak_bytes(network, tile) - weights)
+    ratio = measured(MEASURE, [network.to_json(), small, tile]) / (peak_bytes(network, tile) - weights)
     print(f"measured / predicted = {ratio:.2f}")
     assert 0.4 < ratio < 1.05
 

@@ -16,8 +16,9 @@ from pipeline.geometry.tiles import TileRule
 from pipeline.unet.column import ColumnPredictor
 from pipeline.unet.model import build
 from pipeline.unet.predict import Predictor
-from pipeline.work.blocks import Opened, SegmentBlocks, peak_rss_bytes
-from pipeline.work.columns import SegmentColumns
+from pipeline.unet.settings import Head
+from pipeline.works.blocks import Opened, SegmentBlocks, peak_rss_bytes
+from pipeline.works.columns import SegmentColumns
 
 TOLERANCE = 1e-5
 
@@ -71,28 +72,22 @@ class CertifyBoxes:
         """Compare one box."""
         opened, reference = state
         core, begin = self.boxes[index], perf_counter()
-        wide = core.round_up(self.rule.stride).grow(tuple(0 if not h else s for s, h in self._steps()))
+        strides = zip(self.rule.stride, self.rule.halo, strict=True)
+        wide = core.round_up(self.rule.stride).grow(tuple(s if h else 0 for s, h in strides))
         voxels = read_mirrored(opened.image, wide.grow(self.rule.halo))
-        _, likely = reference.segment_with_probabilities(voxels, wide.shape)
-        inside = (slice(None), *core.shift(tuple(-a for a in wide.start)).slices)
-        expected = likely[inside]
-        got = self._by_engine(opened, core)
-        stored = np.asarray(opened.labels[core.slices])
+        classes, likely = reference.segment_with_probabilities(voxels, wide.shape)
+        inside = core.inside(wide)
+        expected, got = likely[(slice(None), *inside)], self._by_engine(opened, core)
         ordered = np.sort(expected, axis=0)
-        head_is_sigmoid = reference.network.settings.n_labels > len(expected)
-        classes = _classes(expected, head_is_sigmoid=head_is_sigmoid)
         margin = ordered[-1] - ordered[-2] if len(ordered) > 1 else np.ones(core.shape)
-        if head_is_sigmoid:
+        if reference.network.settings.head is Head.SIGMOID:
             margin = np.minimum(margin, 2 * np.abs(ordered[-1] - 0.5))
-        flipped = stored != classes
+        flipped = np.asarray(opened.labels[core.slices]) != classes[inside]
         return Certified(
             index, core.n_voxels, 0.0, perf_counter() - begin, 0.0, peak_rss_bytes(), n_blocks=1,
             max_difference=float(np.abs(got - expected).max()), n_flipped=int(flipped.sum()),
             n_flipped_decided=int((flipped & (margin > 2 * TOLERANCE)).sum()),
         )  # fmt: skip
-
-    def _steps(self) -> list[tuple[int, int]]:
-        return list(zip(self.rule.stride, self.rule.halo, strict=True))
 
     def _by_engine(self, opened: Opened, core: Box) -> NDArray[np.float32]:
         """Return the probabilities of a box, (n_classes, *core.shape), as the run computes them."""
@@ -102,8 +97,7 @@ class CertifyBoxes:
             slabs = (read_mirrored(opened.image, box) for box in boxes)
             likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
             for rows in predictor.run(core, stream, slabs, probabilities=True):
-                at = rows.box.shift(tuple(-a for a in core.start)).slices
-                likely[(slice(None), *at)] = rows.probabilities
+                likely[(slice(None), *rows.box.inside(core))] = rows.probabilities
             return likely
         tile = core.round_up(self.rule.stride).grow(self.rule.halo)
         _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core.shape)
@@ -113,7 +107,7 @@ class CertifyBoxes:
 def sample_boxes(
     shape: tuple[int, ...], *, largest: tuple[int, ...], stride: tuple[int, ...], n: int, seed: int
 ) -> tuple[Box, ...]:
-    """Return boxes that start on multiples of the stride: at the first corner, at the last, the others anywhere."""
+    """Return boxes that start on multiples of the stride: the first corner's, the last one's, then any; each once."""
     rng = np.random.default_rng(seed)
     boxes = []
     for index in range(n):
@@ -124,10 +118,4 @@ def sample_boxes(
             start.append(at * step)
         stop = tuple(min(a + most, size) for a, most, size in zip(start, largest, shape, strict=True))
         boxes.append(Box(tuple(start), stop))
-    distinct = dict.fromkeys(boxes)
-    return tuple(distinct)
-
-
-def _classes(probabilities: NDArray[np.float32], *, head_is_sigmoid: bool) -> NDArray[np.intp]:
-    best = probabilities.argmax(axis=0)
-    return np.where(probabilities.max(axis=0) > 0.5, best + 1, 0) if head_is_sigmoid else best
+    return tuple(dict.fromkeys(boxes))

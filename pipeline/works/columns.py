@@ -21,7 +21,7 @@ from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
 from pipeline.unet.engine import make_engine
 from pipeline.unet.model import build
-from pipeline.work.blocks import Opened, Outputs, peak_rss_bytes
+from pipeline.works.blocks import Opened, Outputs, peak_rss_bytes
 
 log = logging.getLogger("haloseg")
 
@@ -120,7 +120,7 @@ class SegmentColumns:
 
     def _write(self, state: Opened, sheet: _Sheet) -> None:
         for block in sheet.blocks:
-            inside = block.core.shift(tuple(-a for a in sheet.box.start)).slices
+            inside = block.core.inside(sheet.box)
             likely = None if sheet.probabilities is None else sheet.probabilities[(slice(None), *inside)]
             self.outputs.write(state, block.core, sheet.classes[inside], likely)
 
@@ -155,8 +155,7 @@ class _Sheets:
         for low, high in [each for each in self._blocks if each[0] < last and first < each[1]]:
             sheet = self._sheets.get((low, high)) or self._new(low, high)
             part = rows.box.intersect(sheet.box)
-            source = part.shift(tuple(-a for a in rows.box.start)).slices
-            target = part.shift(tuple(-a for a in sheet.box.start)).slices
+            source, target = part.inside(rows.box), part.inside(sheet.box)
             sheet.classes[target] = rows.classes[source]
             if sheet.probabilities is not None and rows.probabilities is not None:
                 sheet.probabilities[(slice(None), *target)] = rows.probabilities[(slice(None), *source)]
