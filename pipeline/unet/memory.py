@@ -1,35 +1,27 @@
 """How much memory a tile takes, known before it is run, and the tile that a budget allows.
 
-The network is run on torch's meta device, which has shapes but no numbers, while every storage that comes to life or
-dies is counted. That follows the code that really runs: skips that wait for their level, crops that keep the whole
-alive, concatenations, and the copies that a convolution makes of its input and output. On top come the weights.
+The layers of one pass are gone through in order, and the tensors that are alive at each are added up: the network's
+input, skips that wait for their level, what the level's convolutions began with, and what the layer takes and makes.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import BudgetError
 from pipeline.geometry.tiles import TileRule
+from pipeline.unet.cost import weight_bytes
+from pipeline.unet.layers import Conv, Join, Pool, Up, chain_of
 from pipeline.unet.model import Model
-from pipeline.unet.network import UNet, classes_of
-from pipeline.unet.settings import UNetSettings
+from pipeline.unet.settings import Padding, UNetSettings, Upsampling
 
-# What the allocator keeps beside the live bytes: on a CPU the measured peaks of 15 networks, 2-D and 3-D, valid and
-# same, of 2 to 64 channels, were 0.7 to 1.35 of the live bytes; test_unet_memory.py measures some of them again.
-ALLOCATOR = 1.4
-# oneDNN convolves copies of input and output whose channels are rounded up to the width of its vectors.
-CHANNEL_BLOCK = 16
+# What the heap grows to, of the live bytes, where freed memory is kept: 1.1 to 2.35 for 7 networks, 2-D and 3-D, valid
+# and same, of 4 to 32 channels; test_unet_memory.py measures some of them again. Streams, which allocate once, need 1.2.
+ALLOCATOR = 2.5
+_FLOAT = 4
 
 
 def peak_bytes(settings: UNetSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1) -> int:
@@ -44,8 +36,10 @@ def peak_bytes(settings: UNetSettings, tile_shape: tuple[int, ...], *, n_slices:
     ------
     ArgumentError : the network does not accept such a tile.
     """
-    weights, activations = _traced(settings, tile_shape, n_slices)
-    return weights + int(ALLOCATOR * activations)
+    for size in tile_shape:
+        settings.check_size(size)
+    weights = weight_bytes(chain_of(settings), settings, itemsize=_FLOAT)
+    return weights + int(ALLOCATOR * _FLOAT * n_slices * _live_floats(settings, tile_shape))
 
 
 def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...]) -> tuple[int, ...]:
@@ -62,7 +56,7 @@ def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...
     rule = model.rule
     for core in _by_halo_overhead(rule, largest_core):
         tile = rule.tile_shape(core)
-        if _least_bytes(model.settings, tile) <= budget_bytes and peak_bytes(model.settings, tile) <= budget_bytes:
+        if peak_bytes(model.settings, tile) <= budget_bytes:
             return tile
     least = rule.tile_shape(rule.stride)
     raise BudgetError(
@@ -86,62 +80,39 @@ def _by_halo_overhead(rule: TileRule, largest_core: tuple[int, ...]) -> Iterator
     yield from (tuple(core for core, _ in choice) for choice in sorted(product(*axes), key=entering))
 
 
-def _least_bytes(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
-    """Return what the tile and the first convolution's output take: a bound from below that needs no trace."""
-    inner = prod(max(1, n - settings.kernel + 1) for n in tile_shape)
-    return 4 * (settings.in_channels * prod(tile_shape) + settings.width * inner)
-
-
 @lru_cache(maxsize=1024)
-def _traced(settings: UNetSettings, tile_shape: tuple[int, ...], n_slices: int) -> tuple[int, int]:
-    """Return bytes of weights, and bytes of activations alive at the worst moment."""
-    with torch.device("meta"):
-        network = UNet(settings).eval()
-    tensors = [*network.parameters(), *network.buffers()]
-    weights = sum(t.numel() * t.element_size() for t in tensors)
-    counter = _LiveBytes(tensors)
-    with torch.no_grad(), counter:
-        x = torch.empty((n_slices, settings.in_channels, *tile_shape), device="meta")
-        logits = network(x)
-        classes_of(logits, settings.head)
-        network.probabilities(logits)
-    return weights, counter.peak
-
-
-def _blocked_bytes(x: Tensor) -> int:
-    """Return the bytes of a copy of (batch, channels, *spatial) with its channels in blocks."""
-    n_blocks = -(-x.shape[1] // CHANNEL_BLOCK) if x.shape[1] > 1 else 0
-    return x.element_size() * x.shape[0] * n_blocks * CHANNEL_BLOCK * prod(x.shape[2:])
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages alive, except those of the given tensors."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401 torch's own signature
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
-            workspace = _blocked_bytes(args[0]) + _blocked_bytes(out)
-            self.peak = max(self.peak, self.live + workspace + out.untyped_storage().nbytes())
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:  # noqa: ANN401
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        n = storage.nbytes()
-        self.live += n
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, n)
-
-    def _release(self, n: int) -> None:
-        self.live -= n
+def _live_floats(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
+    """Return how many numbers are alive at the worst moment of a pass, the classes at its end included."""
+    shape, channels = list(tile_shape), settings.in_channels
+    sizes = [entering := channels * prod(shape)]
+    loss = 2 if settings.padding is Padding.VALID else 0
+    chain, most, began = chain_of(settings), 0, entering
+    joins = {layer.skip for layer in chain if isinstance(layer, Join)}
+    waiting: list[int] = []
+    for at, layer in enumerate(chain, start=1):
+        taken, others = sizes[-1], entering + sum(waiting)
+        match layer:
+            case Conv():
+                shape = [n - loss * layer.reach for n in shape]
+                made = layer.out * prod(shape)
+                normalised = made if settings.batch_norm and layer.relu else 0
+                alive = others + began + max(taken if taken != began else 0, normalised) + made
+            case Pool():
+                shape = [n // 2 for n in shape]
+                began = made = layer.out * prod(shape)
+                alive = others + made
+            case Up():
+                coarse = layer.out * prod(shape) if settings.up is Upsampling.RESIZE else 0
+                shape = [2 * n for n in shape]
+                made = layer.out * prod(shape)
+                alive = others + taken + coarse + made
+            case Join():
+                began = made = layer.out * prod(shape)
+                alive = others + taken + made
+                waiting.pop()
+        if at in joins:
+            waiting.append(made)
+        sizes.append(made)
+        most = max(most, alive)
+    logits = sizes[-1]
+    return max(most, entering + 2 * logits + 3 * prod(shape))

@@ -79,14 +79,7 @@ class UNet(nn.Module):
                 f"*spatial), got shape {shape}; use a model trained for such images"
             )
         for size in shape[2:]:
-            above = settings.legal_size(size)
-            if above != size:
-                smaller = settings.legal_size(above - settings.stride)
-                use = f"{above}" if smaller == above else f"{smaller} or {above}"
-                raise ArgumentError(
-                    f"input sizes must be legal for depth {settings.depth}, padding {settings.padding}, got {size}; "
-                    f"use {use}"
-                )
+            settings.check_size(size)
 
 
 def channels_last(dims: int) -> torch.memory_format:
@@ -152,8 +145,8 @@ def _initialise(module: nn.Module) -> None:
     He et al. 2015, doi:10.1109/ICCV.2015.123.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or weight.ndim < 3:
-        return
+    if not isinstance(weight, Tensor) or weight.ndim < 3 or weight.is_meta:
+        return  # a tensor without numbers takes none, and to pretend that it does loads torch's compiler, for a second
     transposed = isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d)
     n_inputs = weight.shape[0] if transposed else prod(weight.shape[1:])
     nn.init.normal_(weight, 0.0, sqrt(2.0 / n_inputs))

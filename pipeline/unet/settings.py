@@ -115,6 +115,16 @@ class UNetSettings:
         least = max(size, 2 * self.loss + 1)
         return least + (phase - least) % self.stride
 
+    def check_size(self, size: int) -> None:
+        """Refuse a size of a tile that not every pooling can halve, or that leaves no output."""
+        above = self.legal_size(size)
+        if above != size:
+            smaller = self.legal_size(above - self.stride)
+            use = f"{above}" if smaller == above else f"{smaller} or {above}"
+            raise ArgumentError(
+                f"input sizes must be legal for depth {self.depth}, padding {self.padding}, got {size}; use {use}"
+            )
+
     def check_slab(self, slab: int) -> None:
         """Refuse rows that are no multiple of the stride."""
         if slab < self.stride or slab % self.stride:
