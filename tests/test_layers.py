@@ -24,6 +24,7 @@ TOP_FILES = {"errors": "errors", "config": "config", "demo": "cli"} | dict.fromk
 HOMES = {
     "torch": ("pipeline/unet/",),
     "zarr": ("pipeline/store/",),
+    "tensorstore": ("pipeline/store/",),
     "dask": ("pipeline/compute/",),
     "distributed": ("pipeline/compute/",),
     "prefect": ("flows/",),

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Self
 
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, Scheduler
 
 from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
@@ -173,6 +173,10 @@ class Window:
     def _refresh(self) -> None:
         """Ask which workers there are now; those with a GPU alone count where there are any."""
         self._asked_s = now = monotonic()
+        try:
+            self._client.run_on_scheduler(_forget_submits)
+        except Exception as error:  # noqa: BLE001 a scheduler without haloseg, say: it keeps 0.7 KiB per block
+            log.debug("the scheduler keeps a note of every block: %s", cause_of(error))
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         with_gpu = frozenset(address for address, each in every.items() if each["resources"].get("GPU", 0) >= 1)
         self._gpu = self._gpu or bool(with_gpu)
@@ -185,6 +189,16 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
+
+
+def _forget_submits(dask_scheduler: Scheduler) -> None:
+    """Drop the note that the scheduler takes of every submit and never reads: memory would grow with the blocks.
+
+    Span.add_metadata of distributed 2026.8 appends to a list without end.
+    """
+    for span in dask_scheduler.extensions["spans"].spans.values():
+        if span.metadata:
+            span.metadata["collections"].clear()
 
 
 def _outcome(future: Future[Outcome]) -> object:

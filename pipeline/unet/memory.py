@@ -19,7 +19,7 @@ from pipeline.unet.model import Model
 from pipeline.unet.settings import Padding, UNetSettings, Upsampling
 
 # What the heap grows to, of the live bytes, where freed memory is kept: 1.1 to 2.35 for 7 networks, 2-D and 3-D, valid
-# and same, of 4 to 32 channels; test_unet_memory.py measures some of them again. Streams, which allocate once, need 1.2.
+# and same, of 4 to 32 channels; test_unet_memory.py measures some of them again. Streams allocate once: 1.2.
 ALLOCATOR = 2.5
 _FLOAT = 4
 

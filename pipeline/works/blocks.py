@@ -20,6 +20,7 @@ from pipeline.geometry.mirror import read_mirrored
 from pipeline.store.arrays import open_array, shard_location, write_shard
 from pipeline.store.image import open_image
 from pipeline.store.location import Location, storage_errors
+from pipeline.store.reading import open_voxels
 from pipeline.unet.engine import keep_freed_memory, make_engine
 from pipeline.unet.model import Model, build, load_model
 from pipeline.unet.predict import Predictor
@@ -50,7 +51,7 @@ class Outputs:
             )
         windows = tuple(each.window(model.normalisation) for each in image.statistics)
         probabilities = open_array(self.probabilities) if self.probabilities else None
-        return Opened(image.array, model, windows, open_array(self.labels), probabilities)
+        return Opened(open_voxels(self.image / "0"), model, windows, open_array(self.labels), probabilities)
 
     def is_done(self, opened: Opened, block: Block) -> bool:
         """Whether every output of a block exists."""

@@ -45,6 +45,11 @@ def attempts(folder: Path, index: int) -> list[str]:
     return [each.read_text() for each in sorted((folder / "attempts").glob(f"{index}-*"))]
 
 
+def n_notes(dask_scheduler) -> int:
+    spans = dask_scheduler.extensions["spans"].spans.values()
+    return sum(len(span.metadata["collections"]) for span in spans if span.metadata)
+
+
 def done(records: list[BlockRecord]) -> list[int]:
     return sorted(record.index for record in records)
 
@@ -147,6 +152,12 @@ def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path):
     run(Scripted(str(tmp_path)), indices(), on_record=records.append)
     assert next(n_read) == len(records) == 200
     assert max(most) == BLOCKS_PER_WORKER * N_WORKERS
+
+
+def test_the_scheduler_takes_no_notes_that_grow_with_the_blocks(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.REFRESH_S", 0.05)
+    run(Scripted(str(tmp_path)), range(400), on_record=lambda _: None)
+    assert run.client.run_on_scheduler(n_notes) < 200
 
 
 def test_an_error_in_the_caller_cancels_the_run_and_the_workers_go_on_to_the_next(run, tmp_path):

@@ -8,6 +8,7 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.arrays import Layout, create_array, done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.location import Location
+from pipeline.store.reading import open_voxels
 
 
 def tensorstore_read(location):
@@ -85,3 +86,18 @@ def test_given_shards_choose_chunks_that_divide_them():
     assert plan_layout((500, 500), chunk=(30, 30)).shard == (510, 510)
     with pytest.raises(ArgumentError, match="shard must be a multiple of the chunk 30, got 100; use 90"):
         plan_layout((500, 500), chunk=(30, 30), shard=(100, 100))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(("uint8", "int16", "uint16", "float32")), st.data())
+def test_voxels_read_the_fast_way_are_those_that_zarr_reads(tmp_path_factory, dtype, data):
+    location = Location(str(tmp_path_factory.mktemp("array")))
+    shape = (2, *(data.draw(st.integers(1, 40)) for _ in range(3)))
+    create_array(location, shape=shape, dtype=dtype, layout=Layout((8, 8, 8), (16, 8, 24)), axes=("c", "z", "y", "x"))
+    written = open_array(location)
+    written[:] = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+    fast = open_voxels(location)
+    assert (fast.shape, fast.dtype, fast.chunks) == (shape, np.dtype(dtype), written.chunks)
+    ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+    box = tuple(slice(a, b) for a, b in ends)
+    np.testing.assert_array_equal(fast[box], written[box])
