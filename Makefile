@@ -27,6 +27,7 @@ lint: $(READY)   ## ruff and mypy --strict
 
 .venv/.bench: $(READY)
 	$(PIP) install --quiet --constraint deploy/constraints.txt --editable '.[bench]'
+	$(PIP) uninstall --quiet --yes argparse # batchgenerators asks for the module of Python 2.6, which Prefect's server would find first
 	touch .venv/.bench
 
 bench: .venv/.bench ## seconds, memory and exactness beside peers, small cases (minutes); BENCH= for the large ones

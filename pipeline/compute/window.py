@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Self
 
+from dask.utils import key_split
 from distributed import Client, Future, KilledWorker, Scheduler
 
 from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
@@ -192,10 +193,11 @@ class Window:
 
 
 def _forget_submits(dask_scheduler: Scheduler) -> None:
-    """Drop the note that the scheduler takes of every submit and never reads: memory would grow with the blocks.
+    """Drop the notes that the scheduler takes of every submit and never reads: memory would grow with the blocks.
 
-    Span.add_metadata of distributed 2026.8 appends to a list without end.
+    Span.add_metadata of distributed 2026.8 appends to a list without end; key_split keeps 100,000 keys.
     """
+    key_split.cache_clear()
     for span in dask_scheduler.extensions["spans"].spans.values():
         if span.metadata:
             span.metadata["collections"].clear()
