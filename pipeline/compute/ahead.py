@@ -15,6 +15,8 @@ from threading import Event, Thread
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from pipeline.compute.pulse import beat
+
 T = TypeVar("T")
 _POLL_S = 0.1
 
@@ -74,6 +76,7 @@ def read_ahead(items: Iterable[T], *, n_ahead: int, clock: StageClock) -> Iterat
         while True:
             with clock.timing("wait"):
                 item = queue.get()
+            beat()
             if item is _END:
                 return
             if isinstance(item, _Error):

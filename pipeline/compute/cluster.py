@@ -22,8 +22,10 @@ from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
+from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, RunBlocks, cause_of
+from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
 
@@ -48,6 +50,7 @@ class DaskRunner:
 
     client: Client
     worker_timeout_s: float = WORKER_TIMEOUT_S
+    stuck_after_s: float = STUCK_AFTER_S
 
     def __call__(
         self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
@@ -59,7 +62,7 @@ class DaskRunner:
         RunError : the scheduler died, no worker is left, or so many blocks fail that it is the run that is broken.
         PipelineError : what a block or the work's setup raised, unchanged.
         """
-        name = f"haloseg-{uuid4().hex}"
+        name = f"{PREFIX}{self.client.id}-{uuid4().hex}"
         with (
             self._resident(work, name),
             Window(self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s) as window,
@@ -69,8 +72,10 @@ class DaskRunner:
     @contextmanager
     def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
         """Keep the work on every worker for as long as the block runs."""
-        plugin = ResidentWork(work)
+        plugin = ResidentWork(work, stuck_after_s=self.stuck_after_s)
         try:
+            for orphan in on_scheduler(self.client, orphans) or ():
+                self.client.unregister_worker_plugin(orphan)
             self.client.register_plugin(plugin, name=name)
         except Exception as error:
             raise ClusterError(
@@ -87,7 +92,8 @@ class DaskRunner:
 
 @contextmanager
 def open_runner(
-    *, cluster: str = "local", n_workers: int, worker_timeout_s: float = WORKER_TIMEOUT_S
+    *, cluster: str = "local", n_workers: int, worker_timeout_s: float = WORKER_TIMEOUT_S,
+    stuck_after_s: float = STUCK_AFTER_S,
 ) -> Iterator[RunBlocks]:
     """Yield a runner of blocks, on a cluster that is closed at the end if it was started here.
 
@@ -96,6 +102,7 @@ def open_runner(
     cluster : "local" for processes of this machine, or the address of a scheduler, tcp://host:port or tls://host:port
     n_workers : processes of a local cluster; an address brings its own
     worker_timeout_s : how long a run goes on waiting when it has lost every worker
+    stuck_after_s : a worker whose block shows no sign of life for so long ends itself, and the block runs elsewhere
 
     Raises
     ------
@@ -110,7 +117,7 @@ def open_runner(
             "use the address that the scheduler prints"
         )
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
-        yield DaskRunner(client, worker_timeout_s)
+        yield DaskRunner(client, worker_timeout_s, stuck_after_s)
 
 
 @contextmanager

@@ -10,8 +10,13 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 from distributed import Worker, WorkerPlugin, get_worker
 
+from pipeline.compute.metrics import count, count_failure
+from pipeline.compute.pulse import STUCK_AFTER_S, Pulse, StoppedError
 from pipeline.compute.runner import BlockRecord, BlockWork, cause_of
 from pipeline.errors import PipelineError, RunError
+
+# One block at a time in a process, whatever the threads of the worker and the runs that share it: memory is planned so.
+_ONE_BLOCK = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +44,46 @@ class ResidentWork(WorkerPlugin):
     a worker that dies of it would be restarted into the same death for ever, with no block to blame.
     """
 
-    def __init__(self, work: BlockWork) -> None:
+    def __init__(self, work: BlockWork, *, stuck_after_s: float = STUCK_AFTER_S) -> None:
         self._pickled: bytes = cloudpickle.dumps(work)
-        self._lock: Lock
+        self._kind, self._stuck_after_s = type(work).__name__, stuck_after_s
+        self._pulse: Pulse
         self._over: bool
 
     def setup(self, worker: Worker) -> None:
         """Begin with no state; runs again after a restart of the worker."""
-        self._lock, self._over = Lock(), False
+        self._over, self._pulse = False, Pulse(stuck_after_s=self._stuck_after_s)
         self._ready: tuple[BlockWork, Any] | None = None
         self._worker = worker.address
 
     def teardown(self, worker: Worker) -> None:
-        """Drop the state; blocks that still wait do not begin."""
+        """Drop the state; a block that runs ends at its next beat, and blocks that still wait do not begin."""
         del worker
         self._over, self._ready = True, None
+        self._pulse.stop()
 
     def run(self, index: int) -> Outcome:
-        """Run one block; one at a time, however many threads the worker has: memory is planned per worker."""
-        with self._lock:
-            if self._over:
-                return Failed("the run is over", self._worker)
-            try:
-                work, state = self._ready = self._ready or self._make()
-            except PipelineError as error:
-                return Stopped(_portable(error))
-            try:
-                return work.run(state, index)
-            except PipelineError as error:
-                return Stopped(_portable(error))
-            except Exception as error:  # noqa: BLE001 whatever a block dies of is reported, never lost
-                return Failed(cause_of(error), self._worker)
+        """Run one block, and count what it did."""
+        with _ONE_BLOCK, self._pulse.of_block(index):
+            outcome = self._run(index)
+        if isinstance(outcome, BlockRecord):
+            count(outcome, work=self._kind)
+        else:
+            count_failure(work=self._kind)
+        return outcome
+
+    def _run(self, index: int) -> Outcome:
+        if self._over:
+            return Failed("the run is over", self._worker)
+        try:
+            work, state = self._ready = self._ready or self._make()
+            return work.run(state, index)
+        except StoppedError:
+            return Failed("the run is over", self._worker)
+        except PipelineError as error:
+            return Stopped(_portable(error))
+        except Exception as error:  # noqa: BLE001 whatever a block dies of is reported, never lost
+            return Failed(cause_of(error), self._worker)
 
     def _make(self) -> tuple[BlockWork, Any]:
         try:

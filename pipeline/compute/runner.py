@@ -26,6 +26,7 @@ class BlockRecord:
         computes, and ``wait_s`` is how long it did not, for want of voxels or of room for results
     n_blocks : written
     n_voxels_read : from the store
+    peak_rss_bytes, device_bytes : most memory, and most of the device's, that the process has had
     """
 
     index: int
@@ -37,6 +38,7 @@ class BlockRecord:
     wait_s: float = 0.0
     n_blocks: int = 1
     n_voxels_read: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

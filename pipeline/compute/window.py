@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Self
 
-from dask.utils import key_split
-from distributed import Client, Future, KilledWorker, Scheduler
+from distributed import Client, Future, KilledWorker
 
 from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
+from pipeline.compute.upkeep import forget_submits, on_scheduler
 from pipeline.errors import RunError
 
 log = logging.getLogger("haloseg")
@@ -159,7 +159,7 @@ class Window:
 
     def _suspect(self, task: _Task, *, n_deaths: int) -> None:
         """Set aside a block whose workers died; quarantine it if it was alone."""
-        cause = f"worker died {n_deaths} times on this block (out of memory?)"
+        cause = f"worker died {n_deaths} times on this block (out of memory, or stuck?)"
         if self._alone:
             self._quarantine(Quarantined(task.index, cause))
             return
@@ -174,10 +174,7 @@ class Window:
     def _refresh(self) -> None:
         """Ask which workers there are now; those with a GPU alone count where there are any."""
         self._asked_s = now = monotonic()
-        try:
-            self._client.run_on_scheduler(_forget_submits)
-        except Exception as error:  # noqa: BLE001 a scheduler without haloseg, say: it keeps 0.7 KiB per block
-            log.debug("the scheduler keeps a note of every block: %s", cause_of(error))
+        on_scheduler(self._client, forget_submits)
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         with_gpu = frozenset(address for address, each in every.items() if each["resources"].get("GPU", 0) >= 1)
         self._gpu = self._gpu or bool(with_gpu)
@@ -190,17 +187,6 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
-
-
-def _forget_submits(dask_scheduler: Scheduler) -> None:
-    """Drop the notes that the scheduler takes of every submit and never reads: memory would grow with the blocks.
-
-    Span.add_metadata of distributed 2026.8 appends to a list without end; key_split keeps 100,000 keys.
-    """
-    key_split.cache_clear()
-    for span in dask_scheduler.extensions["spans"].spans.values():
-        if span.metadata:
-            span.metadata["collections"].clear()
 
 
 def _outcome(future: Future[Outcome]) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -43,12 +44,7 @@ class Outputs:
     def opened(self) -> Opened:
         """Open image, model and outputs; freed memory is kept from now on."""
         keep_freed_memory()
-        image, model = open_image(self.image), load_model(self.model)
-        if model.digest != self.model_sha256:
-            raise RunError(
-                f"the model must stay the same while it is used, got another file at {self.model}; "
-                "put the old one back, or segment to another name"
-            )
+        image, model = open_image(self.image), loaded(self.model, self.model_sha256)
         windows = tuple(each.window(model.normalisation) for each in image.statistics)
         probabilities = open_array(self.probabilities) if self.probabilities else None
         return Opened(open_voxels(self.image / "0"), model, windows, open_array(self.labels), probabilities)
@@ -69,6 +65,18 @@ class Outputs:
                 write_shard(opened.probabilities, core, likely, location=self.probabilities)
             if not shard_location(opened.labels, core, location=self.labels).exists():
                 write_shard(opened.labels, core, classes, location=self.labels)
+
+
+@lru_cache(maxsize=4)
+def loaded(path: str, sha256: str) -> Model:
+    """Return the model of this digest, which a worker loads once, however many scans it is used for."""
+    model = load_model(path)
+    if model.digest != sha256:
+        raise RunError(
+            f"the model must stay the same while it is used, got another file at {path}; "
+            "put the old one back, or segment to another name"
+        )
+    return model
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 from typing import Any
 
@@ -13,15 +14,17 @@ from numpy.typing import NDArray
 
 from pipeline.compute.ahead import StageClock, WriteBehind, read_ahead
 from pipeline.compute.runner import BlockRecord
+from pipeline.config import Precision
 from pipeline.errors import BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import Block, BlockGrid
 from pipeline.geometry.rows import MirroredRows
 from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
-from pipeline.unet.engine import make_engine
+from pipeline.unet.device import peak_device_bytes
+from pipeline.unet.engine import Engine, make_engine
 from pipeline.unet.model import build
-from pipeline.works.blocks import Opened, Outputs, peak_rss_bytes
+from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
 
 log = logging.getLogger("haloseg")
 
@@ -42,9 +45,7 @@ class SegmentColumns:
         out = self.outputs
         opened = out.opened()
         slices = len(out.grid.shape) - opened.model.settings.dims
-        engine = make_engine(
-            build(opened.model, "cpu"), device=out.device, precision=out.precision, first=self.columns.axis - slices
-        )
+        engine = _engine(out.model, out.model_sha256, out.device, out.precision, self.columns.axis - slices)
         opened.predictor = ColumnPredictor(
             engine, windows=opened.windows, slab=self.columns.slab, precision=out.precision
         )
@@ -69,6 +70,7 @@ class SegmentColumns:
         return BlockRecord(
             index, sum(block.core.n_voxels for block in missing), clock.read_s, seconds - clock.wait_s, clock.write_s,
             peak_rss_bytes(), wait_s=clock.wait_s, n_blocks=len(missing), n_voxels_read=n_read,
+            device_bytes=peak_device_bytes(self.outputs.device),
         )  # fmt: skip
 
     def _stretches(self, missing: list[Block]) -> Iterator[list[Block]]:
@@ -123,6 +125,12 @@ class SegmentColumns:
             inside = block.core.inside(sheet.box)
             likely = None if sheet.probabilities is None else sheet.probabilities[(slice(None), *inside)]
             self.outputs.write(state, block.core, sheet.classes[inside], likely)
+
+
+@lru_cache(maxsize=4)
+def _engine(path: str, sha256: str, device: str, precision: Precision, first: int) -> Engine:
+    """Return the engine of a model, which a worker makes once, however many scans it is used for."""
+    return make_engine(build(loaded(path, sha256), "cpu"), device=device, precision=precision, first=first)
 
 
 @dataclass(slots=True)

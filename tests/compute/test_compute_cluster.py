@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 from itertools import count
 from pathlib import Path
 
+import prometheus_client
 import psutil
 import pytest
-from compute_works import Environment, Scripted
+from compute_works import Beating, Environment, Scripted
 from dask.system import CPU_COUNT
 
 from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import BlockRecord, Quarantined, run_serial
 from pipeline.compute.window import BLOCKS_PER_WORKER
 from pipeline.errors import ArgumentError, ModelError, RunError, StorageError
@@ -48,6 +52,14 @@ def attempts(folder: Path, index: int) -> list[str]:
 def n_notes(dask_scheduler) -> int:
     spans = dask_scheduler.extensions["spans"].spans.values()
     return sum(len(span.metadata["collections"]) for span in spans if span.metadata)
+
+
+def plugins(dask_scheduler) -> list[str]:
+    return [name for name in dask_scheduler.worker_plugins if name.startswith("haloseg-")]
+
+
+def exposed() -> str:
+    return prometheus_client.generate_latest().decode()
 
 
 def done(records: list[BlockRecord]) -> list[int]:
@@ -118,7 +130,7 @@ def test_a_block_that_kills_its_workers_is_quarantined_and_its_neighbours_are_no
     records = []
     work = Scripted(str(tmp_path), acts=((2, "die"),), sleep_s=0.02)
     failed = run(work, range(16), on_record=records.append)
-    assert failed == (Quarantined(2, "worker died 3 times on this block (out of memory?)"),)
+    assert failed == (Quarantined(2, "worker died 3 times on this block (out of memory, or stuck?)"),)
     assert done(records) == [i for i in range(16) if i != 2]
 
 
@@ -158,6 +170,46 @@ def test_the_scheduler_takes_no_notes_that_grow_with_the_blocks(run, tmp_path, m
     monkeypatch.setattr("pipeline.compute.window.REFRESH_S", 0.05)
     run(Scripted(str(tmp_path)), range(400), on_record=lambda _: None)
     assert run.client.run_on_scheduler(n_notes) < 200
+
+
+def test_a_block_that_runs_ends_soon_when_its_run_is_cancelled(run, tmp_path):
+    def stop(_record: BlockRecord) -> None:
+        while len(list(tmp_path.glob("begun-*"))) < 3:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Beating(str(tmp_path)), range(50), on_record=stop)
+    begin = time.monotonic()
+    assert run(Scripted(str(tmp_path / "next")), range(4), on_record=lambda _: None) == ()
+    assert time.monotonic() - begin < 10
+
+
+def test_a_block_without_a_sign_of_life_ends_its_worker_and_is_named(tmp_path):
+    (tmp_path / "stuck").mkdir()
+    with open_runner(n_workers=1, stuck_after_s=0.8) as run:
+        (failed,) = run(Beating(str(tmp_path / "stuck"), beats=False), range(2), on_record=lambda _: None)
+        assert (failed.index, failed.cause) == (1, "worker died 3 times on this block (out of memory, or stuck?)")
+        assert run(Scripted(str(tmp_path)), range(3), on_record=lambda _: None) == ()
+
+
+def test_what_a_killed_run_left_on_the_workers_goes_with_the_next_run(run, tmp_path):
+    run.client.register_plugin(ResidentWork(Scripted(str(tmp_path))), name="haloseg-Client-that-died-1")
+    run(Scripted(str(tmp_path)), range(4), on_record=lambda _: None)
+    assert run.client.run_on_scheduler(plugins) == []
+
+
+def test_workers_count_what_they_do(run, tmp_path):
+    run(Scripted(str(tmp_path), acts=((3, "fail twice"),)), range(5), on_record=lambda _: None)
+    counted = "\n".join(run.client.run(exposed).values())
+    blocks, failed, voxels = (
+        sum(float(n) for n in re.findall(rf'haloseg_{name}_total{{work="Scripted"}} (\S+)', counted))
+        for name in ("blocks", "blocks_failed", "voxels")
+    )
+    assert blocks >= 5
+    assert failed >= 2
+    assert voxels >= 0 + 1 + 4 + 9 + 16
+    assert re.search(r'haloseg_seconds_total{stage="compute",work="Scripted"}', counted)
 
 
 def test_an_error_in_the_caller_cancels_the_run_and_the_workers_go_on_to_the_next(run, tmp_path):

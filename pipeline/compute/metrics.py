@@ -1,0 +1,34 @@
+"""Metrics: what a worker has done, as Prometheus counters under /metrics of its Dask dashboard.
+
+Dask serves the registry of the process that it runs in, so that counters made here appear beside its own.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge
+
+from pipeline.compute.runner import BlockRecord
+
+_STAGES = ("read", "wait", "compute", "write")
+_BLOCKS = Counter("haloseg_blocks", "Blocks written", ["work"])
+_FAILED = Counter("haloseg_blocks_failed", "Attempts at blocks that failed", ["work"])
+_VOXELS = Counter("haloseg_voxels", "Voxels written", ["work"])
+_SECONDS = Counter("haloseg_seconds", "Seconds of each stage; some overlap", ["work", "stage"])
+_PEAK_RSS = Gauge("haloseg_peak_rss_bytes", "Most memory that the process has had")
+_DEVICE = Gauge("haloseg_device_bytes", "Most memory of its device that the process has had")
+
+
+def count(record: BlockRecord, *, work: str) -> None:
+    """Add what a finished block of a kind of work did."""
+    _BLOCKS.labels(work).inc(record.n_blocks)
+    _VOXELS.labels(work).inc(record.n_voxels)
+    for stage in _STAGES:
+        _SECONDS.labels(work, stage).inc(getattr(record, f"{stage}_s"))
+    if record.peak_rss_bytes:
+        _PEAK_RSS.set(record.peak_rss_bytes)
+        _DEVICE.set(record.device_bytes)
+
+
+def count_failure(*, work: str) -> None:
+    """Add an attempt at a block that failed."""
+    _FAILED.labels(work).inc()

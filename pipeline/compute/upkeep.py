@@ -1,0 +1,51 @@
+"""Upkeep: what runs on the Dask scheduler itself, so that a cluster that lives for months stays as it was at first.
+
+A scheduler without haloseg cannot run it. Then it keeps 0.7 KiB for every block, and workers keep the state of runs
+whose process was killed.
+"""
+
+# distributed is typed in parts only
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from dask.utils import key_split
+from distributed import Client, Scheduler
+
+from pipeline.compute.runner import cause_of
+
+log = logging.getLogger("haloseg")
+
+T = TypeVar("T")
+PREFIX = "haloseg-"
+
+
+def on_scheduler(client: Client, function: Callable[[Scheduler], T]) -> T | None:
+    """Return what a function of the scheduler returns; None where the scheduler cannot run it."""
+    try:
+        found: T = client.run_on_scheduler(function)
+    except Exception as error:  # noqa: BLE001 upkeep is no part of the run: the next error of the cluster itself will tell
+        log.debug("no upkeep on the scheduler: %s", cause_of(error))
+        return None
+    return found
+
+
+def forget_submits(dask_scheduler: Scheduler) -> None:
+    """Drop the notes that the scheduler takes of every submit and never reads: memory would grow with the blocks.
+
+    Span.add_metadata of distributed 2026.8 appends to a list without end; key_split keeps 100,000 keys.
+    """
+    key_split.cache_clear()
+    for span in dask_scheduler.extensions["spans"].spans.values():
+        if span.metadata:
+            span.metadata["collections"].clear()
+
+
+def orphans(dask_scheduler: Scheduler) -> list[str]:
+    """Return the names of the plugins of runs whose client is gone; see ``plugin_name``."""
+    ours = [name for name in dask_scheduler.worker_plugins if name.startswith(PREFIX)]
+    return [name for name in ours if not any(client in name for client in dask_scheduler.clients)]
