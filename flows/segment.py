@@ -2,155 +2,139 @@
 
 from __future__ import annotations
 
-import base64
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from time import monotonic
-from typing import Any
+from contextlib import contextmanager
+from math import prod
+from typing import Any, cast
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
+from prefect.states import Cancelled
 
+from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
+from flows.reports import failure_markdown, plan_markdown, report_markdown
+from flows.stages import failed, stage
+from flows.watching import SHARED_RUNNER, logged, slug, watched
 from pipeline.compute.cluster import open_runner
-from pipeline.compute.runner import BlockRecord, run_serial
-from pipeline.compute.watch import Watcher
+from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
-from pipeline.console import bars, quantity
+from pipeline.errors import GivenUpError, PipelineError, QuarantineError, TakenError
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.report import picture
 from pipeline.segment import Segmented, segment
-from pipeline.store.image import open_image
+from pipeline.store.image import open_image, read_image
 from pipeline.store.labels import open_labels
+from pipeline.store.lease import holder, lease
+from pipeline.store.location import Location
+from pipeline.store.roots import check_paths
 from pipeline.unet.device import pick_device
-from pipeline.verify import Certificate
 
-_SECONDS_BETWEEN_UPDATES = 2.0
-
-
-@dataclass(slots=True)
-class ArtifactWatcher:
-    """Shows a stage's progress in the Prefect UI, at most every two seconds, and to ``also`` at once; see Watcher."""
-
-    also: Watcher
-    artifact: Any = None
-    n_blocks: int = 0
-    n_done: int = 0
-    updated: float = 0.0
-
-    def begin(self, stage: str, *, n_blocks: int, n_done: int) -> None:
-        """Make a progress artifact for the stage."""
-        self.also.begin(stage, n_blocks=n_blocks, n_done=n_done)
-        self.n_blocks, self.n_done, self.updated = n_blocks, n_done, monotonic()
-        self.artifact = create_progress_artifact(
-            self._percent(), key=stage.replace(" ", "-"), description=f"{stage}: {n_blocks} blocks, {n_done} were done"
-        )
-
-    def advance(self, record: BlockRecord) -> None:
-        """Move the artifact, now and then and at the end."""
-        self.also.advance(record)
-        self.n_done += record.n_blocks
-        if self.n_done == self.n_blocks or monotonic() - self.updated > _SECONDS_BETWEEN_UPDATES:
-            self.updated = monotonic()
-            update_progress_artifact(self.artifact, self._percent())
-
-    def _percent(self) -> float:
-        return 100.0 * self.n_done / max(1, self.n_blocks)
+Made = tuple[Segmented, Evaluated | None]
 
 
-@contextmanager
-def watched() -> Iterator[Watcher]:
-    """Show progress in the Prefect UI and, where somebody sits at a terminal, there too."""
-    with bars(shown=sys.stderr.isatty()) as terminal:
-        yield ArtifactWatcher(terminal)
-
-
-@task(name="ingest")
-def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None) -> str:
+@stage("ingest")
+def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None = None, overwrite: bool = False) -> str:
     """Make the image; returns its path."""
-    with watched() as watch:
-        made = ingest(scan, image, shard=shard, watch=watch)
+    if scan == image and read_image(Location(image)) is not None:
+        return image
+    with watched(key=slug(Location(image).name)) as watch:
+        made = ingest(scan, image, shard=shard, overwrite=overwrite, watch=watch)
     get_run_logger().info("image %s: %s voxels", made.location, "x".join(map(str, made.spatial_shape)))
     return str(made.location)
 
 
-@task(name="segment")
+@stage("segment")
 def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int) -> Segmented:
     """Make the label volume on the cluster's workers."""
-    log = get_run_logger()
+    shared = SHARED_RUNNER.get()
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
     scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
-    n_missing = len(plan.grid) - len(plan.done())
-    log.info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
-    runner = open_runner(cluster=cluster, n_workers=workers) if n_missing else nullcontext(run_serial)
-    with runner as run, watched() as watch:
+    n_missing, key = len(plan.grid) - len(plan.done()), f"{slug(Location(image).name)}-{slug(name)}"
+    create_markdown_artifact(
+        plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0), key=f"{key}-plan",
+        description=f"what is to be done for {image}",
+    )
+    get_run_logger().info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
+    with (
+        _runner(shared, n_missing=n_missing, cluster=cluster, workers=workers) as run,
+        watched(key=key, count=lambda: len(plan.done()), n_voxels=prod(plan.grid.shape)) as watch,
+    ):
         result = segment(plan, run=run, watch=watch)
-    log.info("labels %s: %d blocks run in %.1f s", result.labels.location, result.n_run, result.wall_s)
+    get_run_logger().info("labels %s: %d blocks run in %.1f s", result.labels.location, result.n_run, result.wall_s)
     return result
 
 
-@task(name="evaluate")
+@contextmanager
+def _runner(shared: RunBlocks | None, *, n_missing: int, cluster: str, workers: int) -> Iterator[RunBlocks]:
+    """Yield the shared runner, one opened for this scan, or one without a cluster where nothing is to be done."""
+    if shared is not None or not n_missing:
+        yield shared or run_serial
+        return
+    with open_runner(cluster=cluster, n_workers=workers) as run:
+        yield run
+
+
+@stage("evaluate")
 def evaluate_stage(predicted: str, truth: str) -> Evaluated:
     """Compare the labels with the truth."""
-    with watched() as watch:
+    with watched(key=f"{slug(predicted)}-truth") as watch:
         return evaluate(predicted, truth, watch=watch)
 
 
-@task(name="report")
+@stage("report")
 def report_stage(image: str, result: Segmented, *, figures: Evaluated | None) -> None:
     """Put figures and a picture of the labels into the Prefect UI."""
-    shown = picture(open_image(image), open_labels(result.labels.location))
+    where = Location(image)
+    shown = picture(open_image(where), open_labels(result.labels.location))
     create_markdown_artifact(
-        report_markdown(result, figures=figures, png=shown), key="report", description=f"labels of {image}"
+        report_markdown(result, figures=figures, png=shown), description=f"labels of {image}",
+        key=f"{slug(where.name)}-{slug(result.labels.location.name)}-report",
     )
 
 
-def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes) -> str:
-    """Return the report of a run in Markdown, its picture embedded."""
-    rows = [
-        ("labels", str(result.labels.location)), ("voxels", f"{result.n_voxels:,}"),
-        ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
-        ("voxels/s", quantity(result.voxels_per_s)),
-        ("seconds", f"{result.wall_s:.1f}"),
-        ("worker seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.stages)),
-        ("peak memory of a worker", f"{result.peak_rss_bytes / 2**20:.0f} MiB"),
-    ]  # fmt: skip
-    if result.certificate:
-        rows.append(("certificate", Certificate(**result.certificate).line))
-    if figures is not None:
-        named = zip(figures.classes, figures.figures.classes, strict=True)
-        rows.append(("accuracy", f"{figures.figures.accuracy:.4f}"))
-        rows += [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    data = base64.b64encode(png).decode()
-    return f"# Segmentation\n\n| | |\n|---|---|\n{table}\n\n![labels over image](data:image/png;base64,{data})\n"
-
-
-@flow(name="segment", flow_run_name="segment {scan} as {name}")
+@flow(name="segment", flow_run_name="{name} of {scan}")
 def segment_scan(
-    scan: str, image: str, model: str, name: str = "classes", truth: str | None = None, cluster: str = "local",
-    workers: int = 2, budget_bytes: int = DEFAULT_BUDGET_BYTES, shard: tuple[int, ...] | None = None,
-) -> tuple[Segmented, Evaluated | None]:
-    """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again.
-
-    Parameters
-    ----------
-    scan : path or URL of the scan
-    image : path or URL of the OME-Zarr image to make
-    model : path of the model file
-    name : the label volume, ``image/labels/name``
-    truth : labels or a scan of integers to compare with
-    cluster : "local", or the address of a Dask scheduler
-    workers : local worker processes
-    budget_bytes : memory of one worker
-    shard : voxels of the image that are written whole, and so of a block; by default by the scan's size
-    """
-    path = ingest_stage(scan, image, shard=shard)
-    result = segment_stage(path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes)
-    figures = evaluate_stage(str(result.labels.location), truth) if truth else None
-    report_stage(path, result, figures=figures)
+    scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
+    cluster: Cluster = "local", workers: Workers = 2, budget_bytes: Budget = DEFAULT_BUDGET_BYTES, shard: Shard = None,
+) -> Made:
+    """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
+    try:
+        check_paths(scan, image, model, truth)
+        with logged(), lease(Location(image).absolute()) as taken:
+            if not taken:
+                by = holder(Location(image).absolute()) or "a run that has just ended"
+                raise TakenError(f"a scan is worked on by one run at a time, got {image}, at which is {by}; wait")
+            path = ingest_stage(scan, image, shard=shard)
+            result = segment_stage(
+                path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
+            )
+            figures = evaluate_stage(str(result.labels.location), truth) if truth else None
+            report_stage(path, result, figures=figures)
+    except GivenUpError as error:
+        return cast("Made", Cancelled(message=str(error)))
+    except PipelineError as error:
+        if not isinstance(error, TakenError):
+            _tell_of_failure(scan, image, name, error)
+        return cast("Made", failed(error))
+    _tell("haloseg.scan.published", scan, {"labels": str(result.labels.location), "voxels": result.n_voxels})
     return result, figures
+
+
+def _tell_of_failure(scan: str, image: str, name: str, error: PipelineError) -> None:
+    """Leave a page with the cause and the blocks, and events for automations."""
+    causes = error.causes if isinstance(error, QuarantineError) else {}
+    create_markdown_artifact(
+        failure_markdown(str(error), causes=causes), description=f"why {scan} failed",
+        key=f"{slug(Location(image).name)}-{slug(name)}-failure",
+    )
+    for index, cause in causes.items():
+        _tell("haloseg.block.quarantined", scan, {"block": index, "cause": cause})
+    _tell("haloseg.scan.failed", scan, {"cause": str(error)})
+
+
+def _tell(event: str, scan: str, payload: dict[str, Any]) -> None:
+    emit_event(event, resource={"prefect.resource.id": f"haloseg.scan.{scan}"}, payload=payload)

@@ -12,6 +12,8 @@ Each message is one line that says the rule, the value that was got, and the rem
     │   └── ClusterError    no scheduler or no worker can be reached
     └── RunError            the run began and did not finish: what was done is kept       (exit code 1)
         ├── QuarantineError some blocks failed again and again; the rest is done
+        ├── TakenError      another run is at the same scan
+        ├── GivenUpError    the run was cancelled; the same command goes on
         └── StorageError    the disk is full, or storage failed
 """
 
@@ -53,7 +55,22 @@ class RunError(PipelineError):
 
 
 class QuarantineError(RunError):
-    """Some blocks failed again and again; every other block is done."""
+    """Some blocks failed again and again; every other block is done. ``causes`` are theirs, by block."""
+
+    def __init__(self, message: str, causes: dict[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.causes = causes or {}
+
+
+class TakenError(RunError):
+    """Another run is at the same scan; it will end in the same labels."""
+
+
+class GivenUpError(RunError):
+    """The run was cancelled; what is done is kept, and the same command goes on."""
+
+    def __init__(self, message: str = "the run was cancelled; what is done is kept, the same command goes on") -> None:
+        super().__init__(message)
 
 
 class StorageError(RunError):

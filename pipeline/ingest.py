@@ -136,15 +136,20 @@ def identity(scan: str, array: xr.DataArray) -> dict[str, Any]:
 
     Of a local one its files' names, sizes and times of change, as make and rsync go by; of a remote one its URL.
     """
+    about = {"format": array.attrs.get("format", "unknown"), "shape": list(array.shape), "dtype": str(array.dtype)}
+    return stamps(scan) | about
+
+
+def stamps(scan: str) -> dict[str, Any]:
+    """Return the part of a scan's identity that is known without opening it."""
     path, _, inner = str(scan).partition("::")
-    about = {
-        "name": (path if "://" in path else Location(path).name) + (f"::{inner}" if inner else ""),
-        "format": array.attrs.get("format", "unknown"), "shape": list(array.shape), "dtype": str(array.dtype),
-    }  # fmt: skip
+    about: dict[str, Any] = {
+        "name": (path if "://" in path else Location(path).name) + (f"::{inner}" if inner else "")
+    }
     if files := _files(path):
         stats = [file.stat() for file in files]
-        stamps = [[file.name, each.st_size, each.st_mtime_ns] for file, each in zip(files, stats, strict=True)]
-        digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+        each_of = [[file.name, each.st_size, each.st_mtime_ns] for file, each in zip(files, stats, strict=True)]
+        digest = hashlib.sha256(json.dumps(each_of).encode()).hexdigest()
         about |= {"n_bytes": sum(each.st_size for each in stats), "time_of_change": digest}
     return about
 
@@ -187,7 +192,8 @@ def _complete(failed: tuple[Quarantined, ...], location: Location) -> None:
     if failed:
         raise QuarantineError(
             f"every block must succeed, got {len(failed)} that failed in {location}, block {failed[0].index} with: "
-            f"{failed[0].cause}; mend the cause and run the same command again"
+            f"{failed[0].cause}; mend the cause and run the same command again",
+            {each.index: each.cause for each in failed},
         )
 
 

@@ -110,7 +110,8 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
             which = ", ".join(str(each.index) for each in failed[:10])
             raise QuarantineError(
                 f"every block must succeed, got {len(failed)} that failed again and again (blocks {which}), the first "
-                f"with: {failed[0].cause}; mend the cause and run the same command again: it does those alone"
+                f"with: {failed[0].cause}; mend the cause and run the same command again: it does those alone",
+                {each.index: each.cause for each in failed},
             )
         if likely:
             publish_probabilities(plan.image, likely)
@@ -175,15 +176,15 @@ def as_image(
         given_tile(network, scheme.tile)
     if scheme.slab:
         network.settings.check_slab(scheme.slab)
-    beside = _beside(path)
+    beside = image_beside(path)
     there = read_image(beside)
     if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():
         return str(beside)
     return str(ingest(path, str(beside), watch=watch).location)
 
 
-def _beside(path: str) -> Location:
-    """Return where a scan's image goes; that of a glob beside the folder in which it looks."""
+def image_beside(path: str) -> Location:
+    """Return where a scan's image goes: ``scan.zarr``, ``x.haloseg.zarr`` of a Zarr, or beside a glob's folder."""
     file = Location(path.partition("::")[0].rstrip("/"))
     while glob.has_magic(file.name):
         file = file.parent

@@ -12,8 +12,9 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
+from threading import Event
 from uuid import uuid4
 
 import dask
@@ -24,7 +25,7 @@ from distributed.utils import LoopRunner
 
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
-from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, RunBlocks, cause_of
+from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
 from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
@@ -51,6 +52,7 @@ class DaskRunner:
     client: Client
     worker_timeout_s: float = WORKER_TIMEOUT_S
     stuck_after_s: float = STUCK_AFTER_S
+    given_up: Event = field(default_factory=Event)
 
     def __call__(
         self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
@@ -65,9 +67,21 @@ class DaskRunner:
         name = f"{PREFIX}{self.client.id}-{uuid4().hex}"
         with (
             self._resident(work, name),
-            Window(self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s) as window,
+            Window(
+                self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s,
+                given_up=self.given_up,
+            ) as window,
         ):
             return window.run(indices)
+
+    def give_up(self) -> None:
+        """End all runs on this cluster soon, from any thread: each raises GivenUpError, and its blocks stop."""
+        self.given_up.set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the scheduler is gone."""
+        return bool(self.client.status != "running")
 
     @contextmanager
     def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
@@ -94,7 +108,7 @@ class DaskRunner:
 def open_runner(
     *, cluster: str = "local", n_workers: int, worker_timeout_s: float = WORKER_TIMEOUT_S,
     stuck_after_s: float = STUCK_AFTER_S,
-) -> Iterator[RunBlocks]:
+) -> Iterator[DaskRunner]:
     """Yield a runner of blocks, on a cluster that is closed at the end if it was started here.
 
     Parameters
@@ -117,6 +131,7 @@ def open_runner(
             "use the address that the scheduler prints"
         )
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
+        client.forward_logging("haloseg")
         yield DaskRunner(client, worker_timeout_s, stuck_after_s)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from threading import Event
 from time import monotonic
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from distributed import Client, Future, KilledWorker
 from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import forget_submits, on_scheduler
-from pipeline.errors import RunError
+from pipeline.errors import GivenUpError, RunError
 
 log = logging.getLogger("haloseg")
 
@@ -49,13 +50,15 @@ class Window:
     ----------
     name : of the plugin that holds the run's work on every worker
     worker_timeout_s : how long the run goes on waiting without a single worker
+    given_up : once set, from any thread, the run ends
     """
 
     def __init__(
-        self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float
+        self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float,
+        given_up: Event,
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
-        self._worker_timeout_s = worker_timeout_s
+        self._worker_timeout_s, self._given_up = worker_timeout_s, given_up
         self._in_flight: dict[Future[Outcome], _Task] = {}
         self._finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
         self._again: deque[_Task] = deque()
@@ -88,6 +91,8 @@ class Window:
     def _drain(self, tasks: Iterator[_Task]) -> None:
         self._fill(tasks)
         while self._in_flight:
+            if self._given_up.is_set():
+                raise GivenUpError
             futures = self._next_finished()
             for future, outcome in zip(futures, self._outcomes(futures), strict=True):
                 self._settle(self._in_flight.pop(future), outcome)

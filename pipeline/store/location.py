@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from pipeline.errors import StorageError, StoreError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file or folder in a folder; ``changed_s`` is when it was last changed, in seconds since 1970, if known."""
+
+    name: str
+    is_folder: bool
+    n_bytes: int
+    changed_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,20 @@ class Location:
             if fs.exists(path):
                 fs.rm(path, recursive=True)
 
+    def delete_empty(self) -> None:
+        """Remove this folder if nothing is in it; object stores have none."""
+        if self.is_local:
+            with suppress(OSError):
+                Path(self.url).rmdir()
+
+    def entries(self) -> list[Entry]:
+        """Return what lies right in this folder, by name."""
+        with self._answering() as (fs, path):
+            found = fs.ls(path, detail=True)
+        here = path.rstrip("/")
+        listed = [_entry(each) for each in found if each["name"].rstrip("/") != here]
+        return sorted(listed, key=lambda each: each.name)
+
     @contextmanager
     def _answering(self) -> Iterator[tuple[Any, str]]:
         """Yield fsspec's file system and path; what a remote store dies of becomes one line."""
@@ -111,6 +136,17 @@ class Location:
                 f"storage must answer at {self.url}, got {type(error).__name__}: {cause}; mend address or credentials "
                 "and run the same command again"
             ) from error
+
+
+def _entry(about: dict[str, Any]) -> Entry:
+    """Return what fsspec tells of a file; stores of different kinds name the time of change differently."""
+    changed = about.get("mtime", about.get("LastModified", about.get("last_modified", about.get("updated", 0.0))))
+    if isinstance(changed, str):
+        changed = datetime.fromisoformat(changed)
+    seconds = changed.timestamp() if isinstance(changed, datetime) else float(changed)
+    name = about["name"].rstrip("/").rsplit("/", 1)[-1]
+    folder = about["type"] == "directory" or (bool(about.get("islink")) and Path(about["name"]).is_dir())
+    return Entry(name, folder, int(about.get("size") or 0), seconds)
 
 
 @contextmanager

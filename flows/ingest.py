@@ -1,0 +1,29 @@
+"""The flow that makes an image of one scan."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from prefect import flow
+
+from flows.parameters import ImagePath, Overwrite, ScanPath
+from flows.segment import ingest_stage
+from flows.stages import failed
+from flows.watching import logged
+from pipeline.errors import PipelineError, TakenError
+from pipeline.store.lease import lease
+from pipeline.store.location import Location
+from pipeline.store.roots import check_paths
+
+
+@flow(name="ingest", flow_run_name="ingest {scan}")
+def ingest_scan(scan: ScanPath, image: ImagePath, overwrite: Overwrite = False) -> str:
+    """Make the OME-Zarr image of a scan, with pyramid and statistics; returns its path."""
+    try:
+        check_paths(scan, image)
+        with logged(), lease(Location(image).absolute()) as taken:
+            if not taken:
+                raise TakenError(f"a scan is worked on by one run at a time, got {image}; wait for the other run")
+            return ingest_stage(scan, image, overwrite=overwrite)
+    except PipelineError as error:
+        return cast("str", failed(error))

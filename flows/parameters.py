@@ -1,0 +1,34 @@
+"""The parameters that flows share, typed and described, so that the Prefect UI shows a form that explains itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+ScanPath = Annotated[str, Field(description="Path or URL of the scan, or of an image that was ingested before")]
+ImagePath = Annotated[str, Field(description="Path or URL of the OME-Zarr image to make, ending in .zarr")]
+ModelPath = Annotated[str, Field(description="Path or URL of the model file")]
+LabelName = Annotated[str, Field(description="The label volume: IMAGE/labels/NAME")]
+TruthPath = Annotated[str | None, Field(description="Labels to compare with: a label volume, or a scan of integers")]
+Cluster = Annotated[str, Field(description='"local", or the address of a Dask scheduler such as tls://host:8786')]
+Workers = Annotated[int, Field(ge=1, description="Worker processes of a local cluster")]
+Budget = Annotated[int, Field(ge=1, description="Memory of one worker for activations, weights and buffers, in bytes")]
+Shard = Annotated[
+    tuple[int, ...] | None, Field(description="Voxels that are written whole, along each axis; by the scan's size")
+]
+ArchivePath = Annotated[str, Field(description="Folder or URL prefix of the scans")]
+Pattern = Annotated[str, Field(description='Globs of the scans, separated by commas; "*/" takes folders of slices')]
+ImageFolder = Annotated[str | None, Field(description="Where images go; empty: each beside its scan")]
+TruthTemplate = Annotated[
+    str | None, Field(description='Where a scan\'s truth lies, from its folder: "{stem}-truth.tif"; empty: none')
+]
+Limit = Annotated[int | None, Field(ge=1, description="At most so many scans in this run; empty: all")]
+BudgetHours = Annotated[float | None, Field(gt=0, description="No scan is begun after so many hours; empty: no limit")]
+Settle = Annotated[float, Field(ge=0, description="A scan that was changed fewer seconds ago is still being copied")]
+AtOnce = Annotated[int, Field(ge=1, le=16, description="Scans in work at once, so that workers never wait")]
+Priority = Annotated[list[str], Field(description="Globs: scans of the first go first, and so on; then the oldest")]
+Overwrite = Annotated[bool, Field(description="Delete the image that is there, with its labels, first")]
+ImagePaths = Annotated[list[str], Field(min_length=1, description="Images to learn from, each with the labels")]
+Minutes = Annotated[float, Field(gt=0, description="Learn for so long at most")]
+RecipePath = Annotated[str | None, Field(description="A recipe in TOML; empty: the usual settings")]

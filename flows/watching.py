@@ -1,0 +1,165 @@
+"""What an operator sees while a flow runs: progress artifacts, and the log of workers in the log of the run."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from threading import Event, Thread
+from time import monotonic
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from pipeline.compute.cluster import DaskRunner
+from pipeline.compute.runner import BlockRecord
+from pipeline.compute.watch import Watcher
+from pipeline.console import bars, quantity
+from pipeline.errors import GivenUpError
+
+SECONDS_BETWEEN_UPDATES = 2.0
+_LARGEST_SHARE_COUNTING = 0.05
+_LONGEST_KEY = 80
+
+# The runner of a flow that has one cluster for many scans.
+SHARED_RUNNER: ContextVar[DaskRunner | None] = ContextVar("shared_runner", default=None)
+
+
+def slug(text: str) -> str:
+    """Return a text as part of an artifact's key: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-_LONGEST_KEY:].strip("-") or "scan"
+
+
+class ArtifactWatcher:
+    """Shows a stage's progress in the Prefect UI, now and then, and to ``also`` at once; see Watcher.
+
+    Parameters
+    ----------
+    key : of the artifacts, before the stage's name
+    count : tells how many blocks of the stage are done, from the ledger, since a worker reports a column of blocks
+        when all of it is done
+    n_voxels : of the whole stage
+    """
+
+    def __init__(
+        self, also: Watcher, *, key: str, count: Callable[[], int] | None = None, n_voxels: int | None = None
+    ) -> None:
+        self._also, self._key, self._count, self._n_voxels = also, key, count, n_voxels
+        self._shared = SHARED_RUNNER.get()
+        self._stage, self._artifact = "", UUID(int=0)
+        self._n_blocks = self._n_done = self._n_before = 0
+        self._begin_s = self._updated_s = 0.0
+
+    def begin(self, stage: str, *, n_blocks: int, n_done: int) -> None:
+        """Make a progress artifact for the stage."""
+        self._also.begin(stage, n_blocks=n_blocks, n_done=n_done)
+        self._stage, self._n_blocks, self._n_done, self._n_before = stage, n_blocks, n_done, n_done
+        self._begin_s = self._updated_s = monotonic()
+        made = create_progress_artifact(
+            self._percent(), key=f"{self._key}-{slug(stage)}", description=self._description()
+        )
+        if isinstance(made, UUID):
+            self._artifact = made
+
+    def advance(self, record: BlockRecord) -> None:
+        """Move the artifact, now and then and at the end; raises GivenUpError where the flow has been cancelled."""
+        if self._shared is not None and self._shared.given_up.is_set():
+            raise GivenUpError
+        self._also.advance(record)
+        self._n_done = min(self._n_blocks, self._n_done + record.n_blocks)
+        if self._n_done == self._n_blocks or monotonic() - self._updated_s > SECONDS_BETWEEN_UPDATES:
+            self._update()
+
+    def count(self) -> None:
+        """Move the artifact of the stage "segment" to what the ledger says."""
+        if self._count is not None and self._stage == "segment" and self._n_done < self._n_blocks:
+            self._n_done = max(self._n_done, min(self._count(), self._n_blocks - 1))
+            self._update()
+
+    def _update(self) -> None:
+        self._updated_s = monotonic()
+        update_progress_artifact(self._artifact, self._percent(), description=self._description())
+
+    def _percent(self) -> float:
+        return 100.0 * self._n_done / max(1, self._n_blocks)
+
+    def _description(self) -> str:
+        now = f"{self._stage}: {self._n_done:,} of {self._n_blocks:,} blocks"
+        took_s, n_new = monotonic() - self._begin_s, self._n_done - self._n_before
+        if not n_new or took_s <= 0:
+            return now
+        if self._n_voxels:
+            now += f", {quantity(self._n_voxels * n_new / self._n_blocks / took_s)} voxels/s"
+        left_s = took_s * (self._n_blocks - self._n_done) / n_new
+        return f"{now}, {duration(left_s)} left" if left_s else f"{now}, {duration(took_s)}"
+
+
+@contextmanager
+def watched(
+    *, key: str, count: Callable[[], int] | None = None, n_voxels: int | None = None
+) -> Iterator[Watcher]:
+    """Show progress in the Prefect UI and, where somebody sits at a terminal, there too; see ArtifactWatcher."""
+    with bars(shown=sys.stderr.isatty()) as terminal:
+        watcher, over = ArtifactWatcher(terminal, key=key, count=count, n_voxels=n_voxels), Event()
+
+        def tick() -> None:
+            wait_s = SECONDS_BETWEEN_UPDATES
+            while not over.wait(wait_s):
+                begin = monotonic()
+                watcher.count()
+                wait_s = max(SECONDS_BETWEEN_UPDATES, (monotonic() - begin) / _LARGEST_SHARE_COUNTING)
+
+        thread = Thread(target=copy_context().run, args=(tick,), name="haloseg-progress", daemon=True)
+        thread.start()
+        try:
+            yield watcher
+        finally:
+            over.set()
+            thread.join()
+
+
+class _ToRun(logging.Handler):
+    """Hands records to the log of a run; those of Dask workers say which worker."""
+
+    def __init__(self, run_log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+        super().__init__(logging.INFO)
+        self._run_log = run_log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        worker = getattr(record, "worker", None)
+        self._run_log.log(record.levelno, "%s%s", f"worker {worker}: " if worker else "", record.getMessage())
+
+
+_bridged: ContextVar[bool] = ContextVar("bridged", default=False)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Show what haloseg logs, here and on the workers, in the log of the outermost flow run."""
+    if _bridged.get():
+        yield
+        return
+    ours, handler, token = logging.getLogger("haloseg"), _ToRun(get_run_logger()), _bridged.set(True)
+    before = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before)
+        _bridged.reset(token)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 42 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,117 @@
+"""Lease: says that a scan is being worked on, so that two runs do not do the same work; it lapses when its run dies.
+
+Every holder writes a file of its own, which any store can do, and then looks around: it has the lease if it sees nobody
+else. Two that begin in the same moment see each other, and both withdraw and try again after a while of their own. So
+two never hold it at once, as long as clocks differ by less than what a lease has left. Were that to fail, nothing would
+be lost: work done twice ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from time import sleep, time
+from uuid import uuid4
+
+from pipeline.errors import PipelineError, StoreError
+from pipeline.store.location import Location
+
+log = logging.getLogger("haloseg")
+
+LEASE_S = 120.0
+_TRIES = 4
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 0.5
+
+
+@contextmanager
+def lease(image: Location, *, lasts_s: float = LEASE_S) -> Iterator[bool]:
+    """Yield whether this process has the lease of an image while the block runs; it is renewed all the time.
+
+    Parameters
+    ----------
+    image : where the image is or will be; the lease lies beside it, in ``IMAGE.lease``
+    lasts_s : after so long without renewal others may take the work up
+    """
+    own = _folder(image) / f"{uuid4().hex}.json"
+    over = Event()
+    renewing = Thread(target=_renew, args=(own, lasts_s, over), name="haloseg-lease", daemon=True)
+    taken = _take(image, own, lasts_s)
+    if taken:
+        renewing.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        if taken:
+            renewing.join()
+            _withdraw(image, own)
+
+
+def holder(image: Location) -> str | None:
+    """Return who works on an image, "host, process 12"; None where nobody does."""
+    return next(iter(_others(image, own=None)), None)
+
+
+def _take(image: Location, own: Location, lasts_s: float) -> bool:
+    """Write the own file, and withdraw it if there is another one that has not lapsed."""
+    for _ in range(_TRIES):
+        if _others(image, own=own):
+            return False
+        _write(own, lasts_s)
+        if not _others(image, own=own):
+            return True
+        _withdraw(image, own)
+        sleep(random.uniform(_SHORTEST_WAIT_S, _LONGEST_WAIT_S))
+    return False
+
+
+def _others(image: Location, *, own: Location | None) -> list[str]:
+    """Return who else holds a lease that has not lapsed; lapsed ones are removed."""
+    folder, found = _folder(image), []
+    for entry in folder.entries() if folder.exists() else ():
+        file = folder / entry.name
+        if file == own:
+            continue
+        try:
+            about = file.read_json()
+        except StoreError:  # being written just now, or left half-written by a kill
+            about = {"lapses": entry.changed_s + LEASE_S}
+        if about.get("lapses", 0.0) > time():
+            found.append(str(about.get("holder", "unknown")))
+        elif about:
+            file.delete()
+    return found
+
+
+def _write(own: Location, lasts_s: float) -> None:
+    about = {"holder": f"{socket.gethostname()}, process {os.getpid()}", "lapses": time() + lasts_s}
+    content = json.dumps(about).encode()
+    try:
+        own.write_bytes(content)
+    except FileNotFoundError:  # the last holder has just removed the empty folder
+        own.write_bytes(content)
+
+
+def _renew(own: Location, lasts_s: float, over: Event) -> None:
+    while not over.wait(lasts_s / 4):
+        try:
+            _write(own, lasts_s)
+        except (OSError, PipelineError) as error:
+            log.warning("the lease %s could not be renewed, tried again soon: %s", own, error)
+
+
+def _withdraw(image: Location, own: Location) -> None:
+    own.delete()
+    folder = _folder(image)
+    if next(folder.files(), None) is None:
+        folder.delete_empty()
+
+
+def _folder(image: Location) -> Location:
+    return image.parent / f"{image.name}.lease"
