@@ -15,6 +15,9 @@ $(READY): pyproject.toml deploy/constraints.txt
 demo: $(READY)   ## the main job on the scan that ships: ingest, segment, evaluate, picture
 	.venv/bin/haloseg demo build/demo
 
+serve: $(READY)  ## Prefect server, Dask and the scheduled flows on this machine; SERVE='--archive FOLDER --model FILE'
+	.venv/bin/python deploy/serve.py $(SERVE)
+
 test: $(READY)   ## the test suite, under 10 minutes on 2 cores
 	.venv/bin/python -m pytest -m "not slow"
 
@@ -45,4 +48,4 @@ demo-model: $(READY) ## make the demo's scan and model again (needs HALOSEG_DATA
 clean:           ## remove what the targets made
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test test-slow lint bench bench-scale bench-memory demo-model clean
+.PHONY: help demo serve test test-slow lint bench bench-scale bench-memory demo-model clean

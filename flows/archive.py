@@ -8,17 +8,15 @@ What is done is told by the published labels; there is no other state. A scan th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, replace
-from threading import Lock
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 from prefect import flow, get_run_logger, tags
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import flow_run
@@ -41,83 +39,21 @@ from flows.parameters import (
     TruthTemplate,
     Workers,
 )
-from flows.reports import archive_markdown
-from flows.segment import segment_scan
+from flows.segment import segment_scan, tell
 from flows.stages import failed, stage
-from flows.watching import SECONDS_BETWEEN_UPDATES, SHARED_RUNNER, duration, logged, slug
+from flows.table import Outcome, Table
+from flows.watching import SHARED_RUNNER, logged
 from pipeline.archive import Archive, Scan, Survey
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
 from pipeline.config import DEFAULT_BUDGET_BYTES
-from pipeline.console import quantity
 from pipeline.errors import ClusterError, PipelineError, TakenError
+from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 
-_SHOWN = 500
 _NAMED = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one scan in this run; ``cause`` says why it failed or waits."""
-
-    scan: Scan
-    state: str
-    cause: str = ""
-    seconds: float = 0.0
-    voxels_per_s: float = 0.0
-    run_id: str = ""
-
-
-class Table:
-    """The archive's table under a stable key, kept up to date while the flow runs."""
-
-    def __init__(self, archive: Archive, found: Survey) -> None:
-        self._archive, self._begin_s, self._written_s = archive, monotonic(), 0.0
-        self._lock = Lock()
-        self.outcomes = {scan.path: Outcome(scan, str(scan.state), scan.detail) for scan in found.scans}
-
-    def put(self, outcome: Outcome) -> None:
-        """Take what became of a scan, and show it."""
-        with self._lock:
-            self.outcomes[outcome.scan.path] = outcome
-            if monotonic() - self._written_s > SECONDS_BETWEEN_UPDATES:
-                self.write()
-
-    def write(self) -> None:
-        """Make a new version of the artifact."""
-        self._written_s = monotonic()
-        create_markdown_artifact(
-            archive_markdown(self._rows(), summary=self.summary), key=f"archive-{slug(self._archive.root)}",
-            description=f"{self._archive.root}: {self.summary}",
-        )
-
-    @property
-    def summary(self) -> str:
-        """How many scans are in each state."""
-        counts: dict[str, int] = {}
-        for each in self.outcomes.values():
-            counts[each.state] = counts.get(each.state, 0) + 1
-        told = ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items(), key=lambda each: -each[1]))
-        return f"{len(self.outcomes):,} scans: {told or 'none'}; {duration(monotonic() - self._begin_s)}"
-
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield those first that need a look, then those of this run; of very many the first."""
-        rank = {"failed": 0, "running": 1, "published": 2}
-        ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 3), each.scan.relative))
-        for each in ordered[:_SHOWN]:
-            labels = f"`{Location(each.scan.image) / 'labels' / self._archive.name}`"
-            run = f"[run](/runs/flow-run/{each.run_id})" if each.run_id else ""
-            yield (
-                each.scan.relative, each.state, f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
-                duration(each.seconds) if each.seconds else "",
-                quantity(each.voxels_per_s) if each.voxels_per_s else "",
-                labels if each.state in ("done", "published") else each.cause.replace("|", "\\|"), run,
-            )  # fmt: skip
-        if len(ordered) > _SHOWN:
-            yield (f"and {len(ordered) - _SHOWN:,} more", *[""] * 6)
 
 
 @stage("survey")
@@ -127,8 +63,23 @@ def survey_stage(archive: Archive) -> Survey:
     log.info("%d scans in %s, %d to do now", len(found.scans), archive.root, len(found.todo))
     if found.others:
         named = ", ".join(found.others[:_NAMED])
-        log.info("%d files are no scans of a kind that can be read: %s", len(found.others), named)
+        log.info("%d files are of no kind that can be read: %s", len(found.others), named)
     return found
+
+
+@stage("open")
+def open_stage(scans: Sequence[Scan]) -> dict[str, str]:
+    """Open each scan, and return why those that cannot be read cannot, by path: they cost no run of their own."""
+    causes = {}
+    for scan in scans:
+        try:
+            if scan.path != scan.image:
+                open_scan(scan.path)
+        except PipelineError as error:
+            causes[scan.path] = str(error)
+            get_run_logger().warning("%s", error)
+            tell("haloseg.scan.failed", scan.path, {"cause": str(error)})
+    return causes
 
 
 @flow(name="archive", flow_run_name="{name} of {archive}")
@@ -146,6 +97,11 @@ def segment_archive(
         with logged():
             found = survey_stage(what)
             table, todo = Table(what, found), found.todo[:limit]
+            bad = open_stage(todo) if todo else {}
+            for scan in todo:
+                if scan.path in bad:
+                    table.put(Outcome(scan, "failed", bad[scan.path]))
+            todo = tuple(scan for scan in todo if scan.path not in bad)
             deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
             if todo:
                 with _cluster(cluster, workers) as run:

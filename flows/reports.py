@@ -56,15 +56,15 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
 
 def failure_markdown(cause: str, *, causes: dict[int, str]) -> str:
     """Return why a scan failed, and which blocks of it."""
-    text = f"# Failed\n\n{_plain(cause)}\n"
+    text = f"# Failed\n\n{plain(cause)}\n"
     if causes:
-        text += "\n" + _table(("block", "cause"), [(str(index), _plain(why)) for index, why in sorted(causes.items())])
+        text += "\n" + _table(("block", "cause"), [(str(index), plain(why)) for index, why in sorted(causes.items())])
     return text
 
 
 def archive_markdown(rows: Iterable[Sequence[str]], *, summary: str) -> str:
-    """Return the table of an archive: scan, state, voxels, time, voxels/s, labels, run."""
-    head = ("scan", "state", "voxels", "time", "voxels/s", "labels or cause", "run")
+    """Return the table of an archive: scan, state, voxels, time, voxels/s, and labels or why there are none."""
+    head = ("scan", "state", "voxels", "time", "voxels/s", "labels or cause")
     return f"# Archive\n\n{summary}\n\n{_table(head, rows)}"
 
 
@@ -73,6 +73,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cell or ' ' for cell in line)} |\n" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a text that neither breaks a table nor is taken for markup."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

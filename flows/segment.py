@@ -15,7 +15,7 @@ from prefect.states import Cancelled
 from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
 from flows.reports import failure_markdown, plan_markdown, report_markdown
 from flows.stages import failed, stage
-from flows.watching import SHARED_RUNNER, logged, slug, watched
+from flows.watching import SHARED_RUNNER, logged, shown, slug, watched
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
@@ -54,10 +54,8 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
     scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing, key = len(plan.grid) - len(plan.done()), f"{slug(Location(image).name)}-{slug(name)}"
-    create_markdown_artifact(
-        plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0), key=f"{key}-plan",
-        description=f"what is to be done for {image}",
-    )
+    what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
+    shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
     get_run_logger().info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
     with (
         _runner(shared, n_missing=n_missing, cluster=cluster, workers=workers) as run,
@@ -89,11 +87,10 @@ def evaluate_stage(predicted: str, truth: str) -> Evaluated:
 def report_stage(image: str, result: Segmented, *, figures: Evaluated | None) -> None:
     """Put figures and a picture of the labels into the Prefect UI."""
     where = Location(image)
-    shown = picture(open_image(where), open_labels(result.labels.location))
-    create_markdown_artifact(
-        report_markdown(result, figures=figures, png=shown), description=f"labels of {image}",
-        key=f"{slug(where.name)}-{slug(result.labels.location.name)}-report",
-    )
+    png = picture(open_image(where), open_labels(result.labels.location))
+    text = report_markdown(result, figures=figures, png=png)
+    key = f"{slug(where.name)}-{slug(result.labels.location.name)}-report"
+    shown(lambda: create_markdown_artifact(text, key=key, description=f"labels of {image}"))
 
 
 @flow(name="segment", flow_run_name="{name} of {scan}")
@@ -120,21 +117,20 @@ def segment_scan(
         if not isinstance(error, TakenError):
             _tell_of_failure(scan, image, name, error)
         return cast("Made", failed(error))
-    _tell("haloseg.scan.published", scan, {"labels": str(result.labels.location), "voxels": result.n_voxels})
+    tell("haloseg.scan.published", scan, {"labels": str(result.labels.location), "voxels": result.n_voxels})
     return result, figures
 
 
 def _tell_of_failure(scan: str, image: str, name: str, error: PipelineError) -> None:
     """Leave a page with the cause and the blocks, and events for automations."""
     causes = error.causes if isinstance(error, QuarantineError) else {}
-    create_markdown_artifact(
-        failure_markdown(str(error), causes=causes), description=f"why {scan} failed",
-        key=f"{slug(Location(image).name)}-{slug(name)}-failure",
-    )
+    text, key = failure_markdown(str(error), causes=causes), f"{slug(Location(image).name)}-{slug(name)}-failure"
+    shown(lambda: create_markdown_artifact(text, key=key, description=f"why {scan} failed"))
     for index, cause in causes.items():
-        _tell("haloseg.block.quarantined", scan, {"block": index, "cause": cause})
-    _tell("haloseg.scan.failed", scan, {"cause": str(error)})
+        tell("haloseg.block.quarantined", scan, {"block": index, "cause": cause})
+    tell("haloseg.scan.failed", scan, {"cause": str(error)})
 
 
-def _tell(event: str, scan: str, payload: dict[str, Any]) -> None:
+def tell(event: str, scan: str, payload: dict[str, Any]) -> None:
+    """Emit an event about a scan, for automations."""
     emit_event(event, resource={"prefect.resource.id": f"haloseg.scan.{scan}"}, payload=payload)

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from threading import Event, Thread
 from time import monotonic
+from typing import TypeVar, cast
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -22,8 +24,11 @@ from pipeline.console import bars, quantity
 from pipeline.errors import GivenUpError
 
 SECONDS_BETWEEN_UPDATES = 2.0
+_SHOWN_STAGES = ("ingest", "segment", "evaluate")
 _LARGEST_SHARE_COUNTING = 0.05
 _LONGEST_KEY = 80
+
+T = TypeVar("T")
 
 # The runner of a flow that has one cluster for many scans.
 SHARED_RUNNER: ContextVar[DaskRunner | None] = ContextVar("shared_runner", default=None)
@@ -34,15 +39,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-_LONGEST_KEY:].strip("-") or "scan"
 
 
+def shown(act: Callable[[], T]) -> T | None:
+    """Return what an act that only shows something returns; a server that does not answer costs the picture alone."""
+    try:
+        return act()
+    except (HTTPError, OSError, RuntimeError) as error:
+        logging.getLogger("haloseg").debug("not shown in the UI: %s", error)
+        return None
+
+
 class ArtifactWatcher:
-    """Shows a stage's progress in the Prefect UI, now and then, and to ``also`` at once; see Watcher.
+    """Shows the progress of the long stages in the Prefect UI, now and then, and of all to ``also``; see Watcher.
 
     Parameters
     ----------
     key : of the artifacts, before the stage's name
-    count : tells how many blocks of the stage are done, from the ledger, since a worker reports a column of blocks
-        when all of it is done
-    n_voxels : of the whole stage
+    count : tells how many blocks of the stage "segment" are done, from the ledger, since a worker reports a column of
+        blocks when all of it is done
+    n_voxels : of the stage "segment"
     """
 
     def __init__(
@@ -50,7 +64,7 @@ class ArtifactWatcher:
     ) -> None:
         self._also, self._key, self._count, self._n_voxels = also, key, count, n_voxels
         self._shared = SHARED_RUNNER.get()
-        self._stage, self._artifact = "", UUID(int=0)
+        self._stage, self._artifact = "", cast("UUID | None", None)
         self._n_blocks = self._n_done = self._n_before = 0
         self._begin_s = self._updated_s = 0.0
 
@@ -59,11 +73,11 @@ class ArtifactWatcher:
         self._also.begin(stage, n_blocks=n_blocks, n_done=n_done)
         self._stage, self._n_blocks, self._n_done, self._n_before = stage, n_blocks, n_done, n_done
         self._begin_s = self._updated_s = monotonic()
-        made = create_progress_artifact(
-            self._percent(), key=f"{self._key}-{slug(stage)}", description=self._description()
-        )
-        if isinstance(made, UUID):
-            self._artifact = made
+        self._artifact = None
+        if stage in _SHOWN_STAGES:
+            key, told = f"{self._key}-{stage}", self._description()
+            made = shown(lambda: create_progress_artifact(self._percent(), key=key, description=told))
+            self._artifact = made if isinstance(made, UUID) else None
 
     def advance(self, record: BlockRecord) -> None:
         """Move the artifact, now and then and at the end; raises GivenUpError where the flow has been cancelled."""
@@ -82,7 +96,9 @@ class ArtifactWatcher:
 
     def _update(self) -> None:
         self._updated_s = monotonic()
-        update_progress_artifact(self._artifact, self._percent(), description=self._description())
+        artifact, percent, told = self._artifact, self._percent(), self._description()
+        if artifact is not None:
+            shown(lambda: update_progress_artifact(artifact, percent, description=told))
 
     def _percent(self) -> float:
         return 100.0 * self._n_done / max(1, self._n_blocks)
@@ -92,10 +108,10 @@ class ArtifactWatcher:
         took_s, n_new = monotonic() - self._begin_s, self._n_done - self._n_before
         if not n_new or took_s <= 0:
             return now
-        if self._n_voxels:
+        if self._n_voxels and self._stage == "segment":
             now += f", {quantity(self._n_voxels * n_new / self._n_blocks / took_s)} voxels/s"
         left_s = took_s * (self._n_blocks - self._n_done) / n_new
-        return f"{now}, {duration(left_s)} left" if left_s else f"{now}, {duration(took_s)}"
+        return f"{now}, {duration(left_s)} left" if left_s else f"{now}, took {duration(took_s)}"
 
 
 @contextmanager

@@ -244,11 +244,12 @@ def _truth_of(relative: str, template: str) -> str:
 
 
 def _changed_s(path: Location) -> float | None:
-    """Return when a file, or the newest of those right in a folder, was last changed."""
+    """Return when a file, or the newest of those right in a folder, was last changed; in a Zarr folders count too."""
     try:
         if path.is_local and not Path(path.url).is_dir():
             return Path(path.url).stat().st_mtime
-        return max((entry.changed_s for entry in path.entries()), default=None)
+        inside = (each for each in path.entries() if not each.is_folder or path.name.endswith(".zarr"))
+        return max((entry.changed_s for entry in inside), default=None)
     except (OSError, StoreError):
         return None
 

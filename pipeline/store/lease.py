@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 from time import sleep, time
+from typing import Any
 from uuid import uuid4
 
 from pipeline.errors import PipelineError, StoreError
@@ -82,20 +83,40 @@ def _others(image: Location, *, own: Location | None) -> list[str]:
             about = file.read_json()
         except StoreError:  # being written just now, or left half-written by a kill
             about = {"lapses": entry.changed_s + LEASE_S}
-        if about.get("lapses", 0.0) > time():
-            found.append(str(about.get("holder", "unknown")))
+        if about.get("lapses", 0.0) > time() and not _is_dead(about):
+            found.append(f"{about['holder']}, process {about['process']}" if "holder" in about else "unknown")
         elif about:
             file.delete()
     return found
 
 
 def _write(own: Location, lasts_s: float) -> None:
-    about = {"holder": f"{socket.gethostname()}, process {os.getpid()}", "lapses": time() + lasts_s}
-    content = json.dumps(about).encode()
+    content = json.dumps({"holder": _me(), "process": os.getpid(), "lapses": time() + lasts_s}).encode()
     try:
         own.write_bytes(content)
     except FileNotFoundError:  # the last holder has just removed the empty folder
         own.write_bytes(content)
+
+
+def _me() -> str:
+    """Return this host, and its own count of processes where it is a container of a host."""
+    try:
+        return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 a link that is no path
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_dead(about: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that is gone: nobody need wait for its lease to lapse."""
+    if about.get("holder") != _me():
+        return False
+    try:
+        os.kill(about["process"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, KeyError, TypeError):
+        return False
+    return False
 
 
 def _renew(own: Location, lasts_s: float, over: Event) -> None:

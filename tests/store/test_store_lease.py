@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_of_many_at_once_at_most_one_holds_it_and_all_get_their_turn(image):
     assert (max(most), len(turns)) == (1, 6)
 
 
-def test_the_lease_of_a_killed_process_lapses(image):
+def test_the_lease_of_a_killed_process_ends_here_at_once_and_elsewhere_when_it_lapses(image, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(image), "1.5"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
     time.sleep(2.0)  # it is renewed, and so outlives its own length
@@ -67,7 +68,18 @@ def test_the_lease_of_a_killed_process_lapses(image):
     process.kill()
     process.wait()
     process.stdout.close()
-    time.sleep(1.6)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("pipeline.store.lease._me", lambda: "another host")
+        assert holder(image)
+    assert holder(image) is None
+
+
+def test_a_lease_that_was_not_renewed_lapses(image):
+    folder = Path(f"{image}.lease")
+    folder.mkdir()
+    (folder / "x.json").write_text(json.dumps({"holder": "another host", "process": 1, "lapses": time.time() + 0.4}))
+    assert holder(image) == "another host, process 1"
+    time.sleep(0.5)
     with lease(image) as taken:
         assert taken
 

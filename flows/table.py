@@ -1,0 +1,89 @@
+"""The archive's table in the Prefect UI: each scan, what has become of it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Lock
+from time import monotonic
+from typing import cast
+from uuid import UUID
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+
+from flows.reports import archive_markdown, plain
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration, shown, slug
+from pipeline.archive import Archive, Scan, Survey
+from pipeline.console import quantity
+from pipeline.store.location import Location
+
+_SHOWN = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one scan in this run; ``cause`` says why it failed or waits."""
+
+    scan: Scan
+    state: str
+    cause: str = ""
+    seconds: float = 0.0
+    voxels_per_s: float = 0.0
+    run_id: str = ""
+
+
+class Table:
+    """The archive's table under a stable key, kept up to date while the flow runs."""
+
+    def __init__(self, archive: Archive, found: Survey) -> None:
+        self._archive, self._begin_s, self._written_s = archive, monotonic(), 0.0
+        self._lock, self._artifact = Lock(), cast("UUID | None", None)
+        self.outcomes = {scan.path: Outcome(scan, str(scan.state), scan.detail) for scan in found.scans}
+
+    def put(self, outcome: Outcome) -> None:
+        """Take what became of a scan, and show it."""
+        with self._lock:
+            self.outcomes[outcome.scan.path] = outcome
+            if monotonic() - self._written_s > SECONDS_BETWEEN_UPDATES:
+                self.write()
+
+    def write(self) -> None:
+        """Show the table as it is now: one version of the artifact in each run."""
+        self._written_s = monotonic()
+        text, told = archive_markdown(self._rows(), summary=self.summary), f"{self._archive.root}: {self.summary}"
+        if self._artifact is None:
+            key = f"archive-{slug(self._archive.root)}"
+            made = shown(lambda: create_markdown_artifact(text, key=key, description=told))
+            self._artifact = made if isinstance(made, UUID) else None
+            return
+        artifact, new = self._artifact, ArtifactUpdate(data=text, description=told)
+        with get_client(sync_client=True) as client:
+            shown(lambda: client.update_artifact(artifact, new))
+
+    @property
+    def summary(self) -> str:
+        """How many scans are in each state."""
+        counts: dict[str, int] = {}
+        for each in self.outcomes.values():
+            counts[each.state] = counts.get(each.state, 0) + 1
+        told = ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items(), key=lambda each: -each[1]))
+        return f"{len(self.outcomes):,} scans: {told or 'none'}; {duration(monotonic() - self._begin_s)}"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield those first that need a look, then those of this run; of very many the first."""
+        rank = {"failed": 0, "running": 1, "published": 2}
+        ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 3), each.scan.relative))
+        for each in ordered[:_SHOWN]:
+            labels = Location(each.scan.image) / "labels" / self._archive.name
+            beside = str(labels).removeprefix(f"{Location(self._archive.root).absolute()}/")
+            yield (
+                each.scan.relative, f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state,
+                f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
+                duration(each.seconds) if each.seconds else "",
+                quantity(each.voxels_per_s) if each.voxels_per_s else "",
+                f"`{beside}`" if each.state in ("done", "published") else plain(each.cause),
+            )  # fmt: skip
+        if len(ordered) > _SHOWN:
+            yield (f"and {len(ordered) - _SHOWN:,} more", *[""] * 5)

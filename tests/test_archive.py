@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from volumes import model_file, scan_file
+
+from pipeline.archive import Archive, State, survey
+from pipeline.compute.runner import run_serial
+from pipeline.errors import ArgumentError, ModelError
+from pipeline.ingest import ingest
+from pipeline.plan import plan_segment
+from pipeline.segment import segment
+from pipeline.store.lease import lease
+from pipeline.store.location import Location
+from pipeline.store.roots import check_paths
+
+SHAPE = (8, 16, 16)
+
+
+def aged(path: Path, *, seconds: float) -> Path:
+    when = time.time() - seconds
+    os.utime(path, (when, when))
+    return path
+
+
+@pytest.fixture
+def home(tmp_path):
+    for age, name in ((300, "b.tif"), (400, "a.tif"), (500, "sub/c.tif"), (600, "a-truth.tif")):
+        (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        scan_file(tmp_path / "scans" / name, SHAPE)
+        aged(tmp_path / "scans" / name, seconds=age)
+    (tmp_path / "scans" / "notes.txt").write_text("no scan")
+    model_file(tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def archive_of(home: Path, **settings) -> Archive:
+    return Archive(str(home / "scans"), str(home / "model.safetensors"), **settings)
+
+
+def states(archive: Archive) -> dict[str, State]:
+    return {scan.relative: scan.state for scan in survey(archive).scans}
+
+
+def segmented(scan: str, image: str, archive: Archive) -> None:
+    ingest(scan, image)
+    segment(plan_segment(image, model=archive.model, name=archive.name), run=run_serial)
+
+
+def test_scans_are_found_in_folders_and_the_oldest_comes_first(home):
+    found = survey(archive_of(home))
+    assert [scan.relative for scan in found.scans] == ["a-truth.tif", "sub/c.tif", "a.tif", "b.tif"]
+    assert {scan.state for scan in found.scans} == {State.NEW}
+    assert found.others == ("notes.txt",)
+    assert found.todo == found.scans
+
+
+def test_a_truth_is_no_scan_and_is_known_by_its_scan(home):
+    found = {scan.relative: scan for scan in survey(archive_of(home, truth="{stem}-truth.tif")).scans}
+    assert sorted(found) == ["a.tif", "b.tif", "sub/c.tif"]
+    assert found["a.tif"].truth == str(home / "scans" / "a-truth.tif")
+    assert found["b.tif"].truth is None
+    with pytest.raises(ArgumentError, match=r"truth must be a path with \{stem\} or \{name\}, got \{x\}"):
+        survey(archive_of(home, truth="{x}"))
+
+
+def test_priority_and_patterns_choose(home):
+    first = survey(archive_of(home, priority=("b*", "sub/*"))).scans
+    assert [scan.relative for scan in first] == ["b.tif", "sub/c.tif", "a-truth.tif", "a.tif"]
+    assert list(states(archive_of(home, pattern="*.tif"))) == ["a-truth.tif", "a.tif", "b.tif"]
+    assert list(states(archive_of(home, pattern="sub/*, b.*"))) == ["sub/c.tif", "b.tif"]
+
+
+def test_a_scan_is_done_when_labels_of_it_by_this_model_are_published(home):
+    archive = archive_of(home, pattern="a.tif", name="cells")
+    (scan,) = survey(archive).scans
+    ingest(scan.path, scan.image)
+    assert states(archive) == {"a.tif": State.UNFINISHED}
+    segmented(scan.path, scan.image, archive)
+    assert states(archive) == {"a.tif": State.DONE}
+    (scan,) = survey(archive).scans
+    assert scan.n_voxels == 8 * 16 * 16
+    assert states(archive_of(home, pattern="a.tif", name="other")) == {"a.tif": State.UNFINISHED}
+    tifffile.imwrite(scan.path, tifffile.imread(scan.path) + 1)  # another scan under the same name
+    aged(Path(scan.path), seconds=200)
+    assert states(archive) == {"a.tif": State.UNFINISHED}
+
+
+def test_what_lies_beside_scans_is_not_taken_for_one(home):
+    archive = archive_of(home)
+    for scan in survey(archive).scans:
+        segmented(scan.path, scan.image, archive)
+    (home / "scans" / "left.tif.partial").write_text("")
+    with lease(Location(str(home / "scans" / "x.zarr"))):
+        found = survey(archive)
+    assert set(states(archive).values()) == {State.DONE}
+    assert len(found.scans) == 4
+
+
+def test_images_may_go_to_a_tree_of_their_own_and_may_be_scans_themselves(home):
+    archive = archive_of(home, images=str(home / "images"))
+    assert {scan.relative: scan.image for scan in survey(archive).scans}["sub/c.tif"] == str(home / "images/sub/c.zarr")
+    ingest(str(home / "scans/b.tif"), str(home / "scans/elsewhere/copy.zarr"))
+    found = {scan.relative: scan for scan in survey(archive).scans}
+    assert found["elsewhere/copy.zarr"].image == found["elsewhere/copy.zarr"].path
+
+
+def test_a_scan_that_was_changed_just_now_waits_and_one_from_the_future_does_not(home):
+    aged(home / "scans" / "a.tif", seconds=5)
+    aged(home / "scans" / "b.tif", seconds=-3600)
+    now = states(archive_of(home, pattern="*.tif"))
+    assert (now["a.tif"], now["b.tif"]) == (State.GROWING, State.NEW)
+    assert states(archive_of(home, pattern="a.tif", settle_s=1)) == {"a.tif": State.NEW}
+
+
+def test_a_scan_that_another_run_is_at_is_left_to_it(home):
+    archive = archive_of(home, pattern="a.tif")
+    with lease(Location(str(home / "scans" / "a.zarr"))):
+        (scan,) = survey(archive).scans
+        assert scan.state is State.TAKEN
+        assert "process" in scan.detail
+        assert survey(archive).todo == ()
+    assert states(archive) == {"a.tif": State.NEW}
+
+
+def test_folders_of_slices_are_scans_where_a_pattern_says_so_and_links_do_not_lead_in_circles(home):
+    folder = home / "scans" / "stack"
+    folder.mkdir()
+    for z in range(3):
+        scan_file(folder / f"{z}.tif", (20, 20))
+        aged(folder / f"{z}.tif", seconds=100)
+    (folder / "round").symlink_to(home / "scans")
+    assert states(archive_of(home, pattern="stack/")) == {"stack": State.NEW}
+    assert "stack/round/a.tif" not in states(archive_of(home))
+
+
+def test_an_archive_and_its_model_must_be_there(home):
+    with pytest.raises(ArgumentError, match=r"an archive must be a folder or prefix that exists, got .*nowhere"):
+        survey(Archive(str(home / "nowhere"), str(home / "model.safetensors")))
+    with pytest.raises(ModelError, match="a model must be a readable file"):
+        survey(Archive(str(home / "scans"), str(home / "none.safetensors")))
+
+
+def test_paths_lie_in_the_roots_whatever_links_and_dots_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALOSEG_ROOTS", f"{tmp_path}/in, s3://bucket/archive")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    check_paths(f"{tmp_path}/in/scan.tif", f"{tmp_path}/in/x.h5::data", "s3://bucket/archive/a.zarr", None)
+    bad = (
+        f"{tmp_path}/in/link/scan.tif", f"{tmp_path}/in/../out/x.tif", f"{tmp_path}/inner", "s3://bucket/archive2",
+        "s3://bucket/archive/../x", "/etc/passwd", "relative.tif",
+    )  # fmt: skip
+    for path in bad:
+        with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
+            check_paths(path)
+
+
+@settings(max_examples=25)
+@given(st.from_regex(r"[a-z]{1,8}:[a-z]{1,8}", fullmatch=True))
+def test_a_path_with_credentials_is_refused_and_not_repeated(secret):
+    with pytest.raises(ArgumentError, match="a path must hold no credentials") as caught:
+        check_paths(f"s3://{secret}@bucket/scan.zarr")
+    assert secret not in str(caught.value)
