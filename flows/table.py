@@ -68,7 +68,7 @@ class Table:
         counts: dict[str, int] = {}
         for each in self.outcomes.values():
             counts[each.state] = counts.get(each.state, 0) + 1
-        told = ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items(), key=lambda each: -each[1]))
+        told = ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items(), key=lambda each: (-each[1], each[0])))
         return f"{len(self.outcomes):,} scans: {told or 'none'}; {duration(monotonic() - self._begin_s)}"
 
     def _rows(self) -> Iterator[tuple[str, ...]]:

@@ -120,9 +120,10 @@ def survey(archive: Archive) -> Survey:
     InputError : root, model or name cannot be used.
     """
     check_name(archive.name)
-    model, root = load_model(archive.model), Location(archive.root).absolute()
+    root = Location(archive.root).absolute()
     if not root.exists():
         raise ArgumentError(f"an archive must be a folder or prefix that exists, got {archive.root}; mend the path")
+    model = load_model(archive.model)
     scans, others = _listed(archive, root)
     found = sorted(
         (_judged(scan, archive, model) for scan in scans),

@@ -1,22 +1,19 @@
+from __future__ import annotations
+
 import base64
 import re
 
 import imagecodecs
 import pytest
-
-pytest.importorskip("prefect")
-
 from prefect.artifacts import Artifact
-from prefect.testing.utilities import prefect_test_harness
 from volumes import model_file, scan_file
 
+from flows.ingest import ingest_scan
 from flows.segment import segment_scan
-
-
-@pytest.fixture(scope="module")
-def server():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+from flows.watching import duration, slug
+from pipeline.errors import ArgumentError, ScanError, TakenError
+from pipeline.store.lease import lease
+from pipeline.store.location import Location
 
 
 def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server, tmp_path):
@@ -28,8 +25,54 @@ def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server,
     assert figures is None
     again, _ = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert again.n_run == 0
-    progress, report = Artifact.get(key="segment"), Artifact.get(key="report")
+    progress, report = Artifact.get(key="scan-zarr-cells-segment"), Artifact.get(key="scan-zarr-cells-report")
     assert progress.data == 100.0
+    assert re.fullmatch(r"segment: (\d+) of \1 blocks, \S+ voxels/s, took \d+ s", progress.description)
+    assert f"| blocks | {again.n_blocks}, of which 0 are to be done |" in Artifact.get(key="scan-zarr-cells-plan").data
     assert "| voxels | 40,000 |" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
     assert imagecodecs.png_decode(png).shape == (40 * 10, (2 * 50 + 8) * 10, 3)
+
+
+def test_what_is_wrong_is_the_state_of_the_run_in_one_line(server, tmp_path, caplog):
+    (tmp_path / "bad.tif").write_bytes(b"II*\0 no scan")
+    model = str(model_file(tmp_path / "model.safetensors"))
+    state = segment_scan(str(tmp_path / "bad.tif"), str(tmp_path / "bad.zarr"), model, return_state=True)
+    assert state.is_failed()
+    assert isinstance(state.result(raise_on_failure=False), ScanError)
+    assert state.message.startswith("a scan must be whole and decodable, got ")
+    assert "Traceback" not in caplog.text
+    assert "a scan must be whole" in Artifact.get(key="bad-zarr-classes-failure").data
+
+
+def test_a_scan_is_worked_on_by_one_run_at_a_time(server, tmp_path):
+    scan_file(tmp_path / "scan.tif", (8, 16, 16))
+    image, model = tmp_path / "scan.zarr", str(model_file(tmp_path / "model.safetensors"))
+    with lease(Location(str(image))):
+        scan = str(tmp_path / "scan.tif")
+        for state in (
+            segment_scan(scan, str(image), model, return_state=True), ingest_scan(scan, str(image), return_state=True),
+        ):  # fmt: skip
+            assert isinstance(state.result(raise_on_failure=False), TakenError)
+    assert not image.exists()
+
+
+def test_paths_outside_the_roots_are_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HALOSEG_ROOTS", str(tmp_path / "in"))
+    scan_file(tmp_path / "scan.tif", (8, 16, 16))
+    state = ingest_scan(str(tmp_path / "scan.tif"), str(tmp_path / "in" / "scan.zarr"), return_state=True)
+    with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
+        state.result()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
+)
+def test_times_are_told_as_people_say_them(seconds, told):
+    assert duration(seconds) == told
+
+
+def test_keys_of_artifacts_are_of_the_letters_that_the_server_takes():
+    assert slug("/data/Scan 01_b.OME.tif") == "data-scan-01-b-ome-tif"
+    assert slug("___") == "scan"
+    assert len(slug("x" * 300)) <= 80

@@ -1,0 +1,230 @@
+"""Everything on one machine, started by deploy/serve.py, and what happens to an archive when parts of it die."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tifffile
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "pipeline" / "demo"
+EVERY_S = 15
+N_BLOCKS = 12
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def free_ports(n: int) -> int:
+    """Return the first of n ports in a row that are free."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        try:
+            for port in range(first, first + n):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+
+
+def until(happened: Callable[[], Any], *, seconds: float, what: str) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := happened():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class Site:
+    """A running serve.py with its archive."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.archive = home, home / "archive"
+        self.port = free_ports(1)
+        dask = free_ports(6)
+        self.archive.mkdir(parents=True)
+        command = [
+            sys.executable, str(ROOT / "deploy" / "serve.py"), "--home", str(home), "--archive", str(self.archive),
+            "--port", str(self.port), "--dask-port", str(dask), "--every", str(EVERY_S), "--settle", "2",
+            *os.environ.get("HALOSEG_SERVE", "").split(),
+        ]  # fmt: skip
+        self.log = (home / "serve.log").open("wb")
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        until(lambda: b"Ctrl-C" in (home / "serve.log").read_bytes(), seconds=120, what="serve.py says that all is up")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(60) == 0
+        self.log.close()
+
+    def post(self, path: str, document: dict[str, Any]) -> Any:
+        url, body = f"http://127.0.0.1:{self.port}/api{path}", json.dumps(document).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return json.load(reply)
+
+    def runs(self, flow: str, *states: str) -> list[dict[str, Any]]:
+        wanted = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 100}
+        if states:
+            wanted["flow_runs"] = {"state": {"name": {"any_": list(states)}}}
+        found: list[dict[str, Any]] = self.post("/flow_runs/filter", wanted)
+        return found
+
+    def children(self, *words: str) -> list[psutil.Process]:
+        every = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in every if all(word in " ".join(_command(each)) for word in words)]
+
+    def put(self, name: str, voxels: np.ndarray) -> None:
+        path = self.archive / name
+        tifffile.imwrite(path, voxels)
+        os.utime(path, (time.time() - 60,) * 2)
+
+    def shards(self, stem: str) -> dict[str, bytes]:
+        folder = self.archive / f"{stem}.zarr" / "labels" / "classes" / "0" / "c"
+        return {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+    def published(self, stem: str) -> bool:
+        listed = self.archive / f"{stem}.zarr" / "labels" / "zarr.json"
+        return listed.exists() and "classes" in json.loads(listed.read_bytes())["attributes"]["ome"]["labels"]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    site = Site(tmp_path_factory.mktemp("serve"))
+    yield site
+    site.stop()
+    left = [each for each in psutil.process_iter() if str(site.home) in " ".join(_command(each))]
+    assert left == []
+
+
+@pytest.fixture(scope="module")
+def voxels():
+    return np.tile(tifffile.imread(DEMO / "scan.tif"), (1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site, voxels):
+    site.put("undisturbed.tif", voxels)
+    until(lambda: site.published("undisturbed"), seconds=300, what="labels of the scan")
+    shards = site.shards("undisturbed")
+    assert len(shards) == N_BLOCKS
+    return shards
+
+
+def kill(site: Site, *words: str) -> None:
+    found = site.children(*words)
+    assert found, f"no process {words}"
+    for process in found:
+        process.kill()
+
+
+def kill_flow(site: Site) -> None:
+    kill(site, "prefect.engine")
+
+
+def kill_worker(site: Site) -> None:
+    """Kill the process that computes, not the nanny above it."""
+    nannies = site.children("dask_worker")
+    workers = [each for nanny in nannies for each in nanny.children() if "spawn_main" in " ".join(_command(each))]
+    workers[0].kill()
+
+
+def kill_scheduler(site: Site) -> None:
+    kill(site, "dask_scheduler")
+
+
+def kill_server(site: Site) -> None:
+    kill(site, "prefect", "server", "start")
+
+
+FAULTS = {"worker": kill_worker, "scheduler": kill_scheduler, "flow": kill_flow, "server": kill_server}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_middle_costs_time_alone(site, voxels, undisturbed, fault):
+    site.put(f"{fault}.tif", voxels)
+    until(lambda: len(site.shards(fault)) > 0, seconds=120, what="the first shard")
+    assert len(site.shards(fault)) < N_BLOCKS
+    FAULTS[fault](site)
+    until(lambda: site.published(fault), seconds=300, what="labels in spite of the fault")
+    assert site.shards(fault) == undisturbed
+
+
+def test_a_cancelled_run_stops_within_ten_seconds_and_the_next_one_goes_on(site, voxels, undisturbed):
+    site.put("cancelled.tif", voxels)
+    until(lambda: len(site.shards("cancelled")) > 0, seconds=120, what="the first shard")
+    (run,) = site.runs("archive", "Running")
+    site.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    begin = time.monotonic()
+    until(lambda: [each for each in site.runs("archive", "Cancelled") if each["id"] == run["id"]], seconds=30,
+          what="the run is cancelled")  # fmt: skip
+    took = time.monotonic() - begin
+    n_done = len(site.shards("cancelled"))
+    time.sleep(3)
+    assert not site.published("cancelled")
+    print(f"cancelled after {took:.1f} s, {n_done} of {N_BLOCKS} shards were done")
+    assert took < 10
+    until(lambda: site.published("cancelled"), seconds=300, what="labels in spite of the cancellation")
+    assert site.shards("cancelled") == undisturbed
+
+
+def test_when_all_is_done_a_run_does_nothing_and_is_quick(site, undisturbed):
+    until(lambda: not site.runs("archive", "Running"), seconds=60, what="no run is at work")
+    begun = {each["id"] for each in site.runs("segment")}
+    ended = {each["id"] for each in site.runs("archive", "Completed")}
+
+    def new() -> list[float]:
+        every = site.runs("archive", "Completed")
+        return [each["total_run_time"] for each in every if each["id"] not in ended]
+
+    took = until(lambda: new() if len(new()) >= 2 else None, seconds=120, what="two more runs")
+    assert {each["id"] for each in site.runs("segment")} == begun
+    print("seconds of runs that find all done:", took)
+    assert max(took) < 10
+
+
+def test_a_bad_scan_and_one_that_grows_stop_no_other(site, undisturbed):
+    (site.archive / "bad.tif").write_bytes(b"II*\0 this is no scan")
+    os.utime(site.archive / "bad.tif", (time.time() - 60,) * 2)
+    small = tifffile.imread(DEMO / "scan.tif")[:40, :80, :80]
+    site.put("small.tif", small)
+    growing = site.archive / "growing.tif"
+    end = time.monotonic() + 120
+    content = (DEMO / "scan.tif").read_bytes()
+    while not site.published("small") and time.monotonic() < end:
+        with growing.open("ab") as file:
+            file.write(content[:1000])
+        time.sleep(0.5)
+    assert site.published("small")
+    assert not (site.archive / "growing.zarr").exists()
+    until(lambda: site.runs("archive", "Done with failures"), seconds=60, what="a run that tells of the bad scan")
+    (table,) = site.post("/artifacts/latest/filter", {"artifacts": {"key": {"like_": "archive-%"}}})
+    rows = {row.split("|")[1].strip(): row for row in table["data"].splitlines() if row.startswith("| ")}
+    assert "| failed |" in rows["bad.tif"]
+    assert "a scan must be whole and decodable" in rows["bad.tif"]
+    (site.archive / "bad.tif").unlink()
+    shutil.copyfile(DEMO / "scan.tif", growing)
