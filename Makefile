@@ -25,7 +25,7 @@ test-slow: $(READY) ## the tests that take minutes each
 	.venv/bin/python -m pytest -m slow
 
 lint: $(READY)   ## ruff and mypy --strict
-	.venv/bin/ruff check pipeline flows tests
+	.venv/bin/ruff check pipeline flows tests deploy
 	.venv/bin/mypy
 
 .venv/.bench: $(READY)

@@ -9,6 +9,7 @@ State (Prefect's database, logs) lies in --home, images and labels beside the sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -46,7 +47,7 @@ class Service:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,  # noqa: PLW1509
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def keep(self) -> None:
@@ -64,10 +65,8 @@ class Service:
         if self.process is None:
             return
         _signal(self.process, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
         _signal(self.process, signal.SIGKILL)
         self.process.wait()
 
@@ -128,12 +127,10 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
             "--memory-limit", "0", "--dashboard-address", f"127.0.0.1:{args.dask_port + 2 + number}",
             "--local-directory", str(home / "dask"), *(["--resources", "GPU=1"] if gpus else []), **own)  # fmt: skip
     _wait_for(f"{api}/health", services)
-    made = subprocess.run(
-        [program, "--no-prompt", "automation", "create", "--from-file", str(ROOT / "deploy" / "automations.yaml")],
-        env=base, capture_output=True, text=True, check=False,
-    ) if not (home / "automations").exists() else None  # fmt: skip
-    if made is not None and made.returncode == 0:
-        (home / "automations").touch()
+    made = subprocess.run([sys.executable, str(ROOT / "deploy" / "automations.py")], env=base, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    if made.returncode:
+        tell(f"automations were not made: {made.stderr.strip().splitlines()[-1:]}")
     add("deployments", sys.executable, str(ROOT / "deploy" / "deployments.py"), "--archive", str(archive), "--model",
         str(Path(args.model).resolve()), "--name", args.name, "--cluster", address, "--settle", str(args.settle),
         *(["--every", str(args.every)] if not args.cron else ["--cron", args.cron]),
@@ -208,10 +205,8 @@ def _end_with_parent() -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def tell(line: str) -> None:
