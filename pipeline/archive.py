@@ -18,8 +18,8 @@ from fsspec.utils import glob_translate
 
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError, ScanError, StoreError
-from pipeline.ingest import stamps
 from pipeline.plan import fingerprint
+from pipeline.scans.identity import stamps
 from pipeline.scans.registry import format_of
 from pipeline.segment import image_beside
 from pipeline.store.image import read_image
