@@ -130,7 +130,8 @@ def _run(
 ) -> None:
     """Work through the scans, some at once; what is left when time is over waits for another run."""
 
-    def lane(scan: Scan) -> None:
+    def lane(scan: Scan, rank: int) -> None:
+        SHARED_RUNNER.set(replace(run, priority=-rank))  # so that scans end one after another, not all at once
         if run.lost or run.given_up.is_set():
             return
         if monotonic() > deadline_s:
@@ -139,7 +140,7 @@ def _run(
         table.put(_of_scan(scan, archive, table, settings=settings))
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="haloseg-scan") as pool:
-        futures = [pool.submit(copy_context().run, lane, scan) for scan in todo]
+        futures = [pool.submit(copy_context().run, lane, scan, rank) for rank, scan in enumerate(todo)]
         try:
             for future in futures:
                 future.result()

@@ -46,13 +46,15 @@ class DaskRunner:
     """Runs blocks on the workers of a cluster, one at a time on each; see RunBlocks.
 
     The work goes to each worker once, and each makes its state once. Workers may come and go during the run; one whose
-    resources name a GPU (``--resources GPU=1``) makes the run one for GPU workers only.
+    resources name a GPU (``--resources GPU=1``) makes the run one for GPU workers only. Of several runs at once on one
+    cluster the blocks of the one of higher ``priority`` go first.
     """
 
     client: Client
     worker_timeout_s: float = WORKER_TIMEOUT_S
     stuck_after_s: float = STUCK_AFTER_S
     given_up: Event = field(default_factory=Event)
+    priority: int = 0
 
     def __call__(
         self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
@@ -69,7 +71,7 @@ class DaskRunner:
             self._resident(work, name),
             Window(
                 self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s,
-                given_up=self.given_up,
+                given_up=self.given_up, priority=self.priority,
             ) as window,
         ):
             return window.run(indices)

@@ -51,14 +51,15 @@ class Window:
     name : of the plugin that holds the run's work on every worker
     worker_timeout_s : how long the run goes on waiting without a single worker
     given_up : once set, from any thread, the run ends
+    priority : of two runs on one cluster, the blocks of that of the higher one go first
     """
 
     def __init__(
         self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float,
-        given_up: Event,
+        given_up: Event, priority: int = 0,
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
-        self._worker_timeout_s, self._given_up = worker_timeout_s, given_up
+        self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
         self._in_flight: dict[Future[Outcome], _Task] = {}
         self._finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
         self._again: deque[_Task] = deque()
@@ -111,7 +112,7 @@ class Window:
         others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
         future = self._client.submit(
             run_block, self._name, task.index,
-            key=f"{self._name}-{task.index}-{task.attempt}", pure=False, retries=0,
+            key=f"{self._name}-{task.index}-{task.attempt}", pure=False, retries=0, priority=self._priority,
             resources={"GPU": 1} if self._gpu else None,
             workers=sorted(others) or None, allow_other_workers=bool(others),
         )  # fmt: skip
