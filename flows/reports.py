@@ -63,8 +63,8 @@ def failure_markdown(cause: str, *, causes: dict[int, str]) -> str:
 
 
 def archive_markdown(rows: Iterable[Sequence[str]], *, summary: str) -> str:
-    """Return the table of an archive: scan, state, voxels, time, voxels/s, and labels or why there are none."""
-    head = ("scan", "state", "voxels", "time", "voxels/s", "labels or cause")
+    """Return the table of an archive: scan, state, labels or why there are none, voxels, time, voxels/s."""
+    head = ("scan", "state", "labels or cause", "voxels", "time", "voxels/s")
     return f"# Archive\n\n{summary}\n\n{_table(head, rows)}"
 
 

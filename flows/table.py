@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import copy_context
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Timer
 from time import monotonic
 from typing import cast
 from uuid import UUID
@@ -38,20 +39,35 @@ class Table:
     """The archive's table under a stable key, kept up to date while the flow runs."""
 
     def __init__(self, archive: Archive, found: Survey) -> None:
-        self._archive, self._begin_s, self._written_s = archive, monotonic(), 0.0
+        self._archive, self._begin_s = archive, monotonic()
         self._lock, self._artifact = Lock(), cast("UUID | None", None)
+        self._later: Timer | None = None
         self.outcomes = {scan.path: Outcome(scan, str(scan.state), scan.detail) for scan in found.scans}
 
     def put(self, outcome: Outcome) -> None:
-        """Take what became of a scan, and show it."""
+        """Take what became of a scan, and show it within two seconds."""
         with self._lock:
             self.outcomes[outcome.scan.path] = outcome
-            if monotonic() - self._written_s > SECONDS_BETWEEN_UPDATES:
-                self.write()
+            if self._later is None:
+                self._later = Timer(SECONDS_BETWEEN_UPDATES, copy_context().run, (self._write_later,))
+                self._later.daemon = True
+                self._later.start()
 
     def write(self) -> None:
         """Show the table as it is now: one version of the artifact in each run."""
-        self._written_s = monotonic()
+        with self._lock:
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
+            self._write()
+
+    def _write_later(self) -> None:
+        with self._lock:
+            if self._later is not None:
+                self._later = None
+                self._write()
+
+    def _write(self) -> None:
         text, told = archive_markdown(self._rows(), summary=self.summary), f"{self._archive.root}: {self.summary}"
         if self._artifact is None:
             key = f"archive-{slug(self._archive.root)}"
@@ -80,10 +96,10 @@ class Table:
             beside = str(labels).removeprefix(f"{Location(self._archive.root).absolute()}/")
             yield (
                 each.scan.relative, f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state,
+                f"`{beside}`" if each.state in ("done", "published") else plain(each.cause),
                 f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
                 duration(each.seconds) if each.seconds else "",
                 quantity(each.voxels_per_s) if each.voxels_per_s else "",
-                f"`{beside}`" if each.state in ("done", "published") else plain(each.cause),
             )  # fmt: skip
         if len(ordered) > _SHOWN:
             yield (f"and {len(ordered) - _SHOWN:,} more", *[""] * 5)

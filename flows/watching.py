@@ -26,6 +26,7 @@ from pipeline.errors import GivenUpError
 SECONDS_BETWEEN_UPDATES = 2.0
 _SHOWN_STAGES = ("ingest", "segment", "evaluate")
 _LARGEST_SHARE_COUNTING = 0.05
+_SHARE_BETWEEN_UPDATES = 0.01
 _LONGEST_KEY = 80
 
 T = TypeVar("T")
@@ -65,13 +66,14 @@ class ArtifactWatcher:
         self._also, self._key, self._count, self._n_voxels = also, key, count, n_voxels
         self._shared = SHARED_RUNNER.get()
         self._stage, self._artifact = "", cast("UUID | None", None)
-        self._n_blocks = self._n_done = self._n_before = 0
+        self._n_blocks = self._n_done = self._n_before = self._n_told = 0
         self._begin_s = self._updated_s = 0.0
 
     def begin(self, stage: str, *, n_blocks: int, n_done: int) -> None:
         """Make a progress artifact for the stage."""
         self._also.begin(stage, n_blocks=n_blocks, n_done=n_done)
         self._stage, self._n_blocks, self._n_done, self._n_before = stage, n_blocks, n_done, n_done
+        self._n_told = n_done
         self._begin_s = self._updated_s = monotonic()
         self._artifact = None
         if stage in _SHOWN_STAGES:
@@ -85,17 +87,24 @@ class ArtifactWatcher:
             raise GivenUpError
         self._also.advance(record)
         self._n_done = min(self._n_blocks, self._n_done + record.n_blocks)
-        if self._n_done == self._n_blocks or monotonic() - self._updated_s > SECONDS_BETWEEN_UPDATES:
+        if self._n_done == self._n_blocks or self._is_time():
             self._update()
 
     def count(self) -> None:
         """Move the artifact of the stage "segment" to what the ledger says."""
         if self._count is not None and self._stage == "segment" and self._n_done < self._n_blocks:
             self._n_done = max(self._n_done, min(self._count(), self._n_blocks - 1))
-            self._update()
+            if self._is_time():
+                self._update()
+
+    def _is_time(self) -> bool:
+        """Whether there is news, and old enough: long stages are told of less often, or events would flood the feed."""
+        now = monotonic()
+        pause_s = max(SECONDS_BETWEEN_UPDATES, _SHARE_BETWEEN_UPDATES * (now - self._begin_s))
+        return self._n_done != self._n_told and now - self._updated_s > pause_s
 
     def _update(self) -> None:
-        self._updated_s = monotonic()
+        self._updated_s, self._n_told = monotonic(), self._n_done
         artifact, percent, told = self._artifact, self._percent(), self._description()
         if artifact is not None:
             shown(lambda: update_progress_artifact(artifact, percent, description=told))
