@@ -82,16 +82,19 @@ def main() -> int:
         if _is_taken(port):
             sys.stderr.write(f"haloseg: port {port} must be free, got one in use; end what uses it or give {what}\n")
             return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell started this in the background, without Ctrl-C
+        signal.signal(number, lambda *_: sys.exit(0))
     services: list[Service] = []
+    code = 0
     try:
         _run(args, home, archive, services)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit as over:
+        code = int(over.code or 0)
         tell("stopping")
     finally:
         for service in reversed(services):
             service.stop()
-    return 0
+    return code
 
 
 def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Service]) -> None:

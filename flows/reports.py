@@ -33,8 +33,8 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
     ])  # fmt: skip
 
 
-def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes) -> str:
-    """Return what a run has done, with a picture of labels over image."""
+def report_markdown(result: Segmented, *, figures: Evaluated | None, cause: str, png: bytes) -> str:
+    """Return what a run has done, with a picture of labels over image; ``cause`` says why a truth was not compared."""
     rows = [
         ("labels", f"`{result.labels.location}`"), ("voxels", f"{result.n_voxels:,}"),
         ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
@@ -46,6 +46,8 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, png: bytes)
     ]  # fmt: skip
     if result.certificate:
         rows.append(("certificate", Certificate(**result.certificate).line))
+    if cause:
+        rows.append(("not evaluated", plain(cause)))
     if figures is not None:
         named = zip(figures.classes, figures.figures.classes, strict=True)
         rows.append(("accuracy", f"{figures.figures.accuracy:.4f}"))

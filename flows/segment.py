@@ -19,7 +19,7 @@ from flows.watching import SHARED_RUNNER, logged, shown, slug, watched
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
-from pipeline.errors import GivenUpError, PipelineError, QuarantineError, TakenError
+from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
@@ -83,12 +83,21 @@ def evaluate_stage(predicted: str, truth: str) -> Evaluated:
         return evaluate(predicted, truth, watch=watch)
 
 
+def _evaluated(labels: str, truth: str | None) -> tuple[Evaluated | None, str]:
+    """Return the figures, or why a truth cannot be compared with: that makes good labels no worse."""
+    try:
+        return (evaluate_stage(labels, truth) if truth else None), ""
+    except InputError as error:
+        get_run_logger().warning("not evaluated: %s", error)
+        return None, str(error)
+
+
 @stage("report")
-def report_stage(image: str, result: Segmented, *, figures: Evaluated | None) -> None:
-    """Put figures and a picture of the labels into the Prefect UI."""
+def report_stage(image: str, result: Segmented, *, figures: Evaluated | None, cause: str = "") -> None:
+    """Put figures, or why there are none, and a picture of the labels into the Prefect UI."""
     where = Location(image)
     png = picture(open_image(where), open_labels(result.labels.location))
-    text = report_markdown(result, figures=figures, png=png)
+    text = report_markdown(result, figures=figures, cause=cause, png=png)
     key = f"{slug(where.name)}-{slug(result.labels.location.name)}-report"
     shown(lambda: create_markdown_artifact(text, key=key, description=f"labels of {image}"))
 
@@ -109,8 +118,8 @@ def segment_scan(
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
             )
-            figures = evaluate_stage(str(result.labels.location), truth) if truth else None
-            report_stage(path, result, figures=figures)
+            figures, cause = _evaluated(str(result.labels.location), truth)
+            report_stage(path, result, figures=figures, cause=cause)
     except GivenUpError as error:
         return cast("Made", Cancelled(message=str(error)))
     except PipelineError as error:

@@ -21,7 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.errors import PipelineError, StoreError
-from pipeline.store.location import Location
+from pipeline.store.location import Location, storage_errors
 
 log = logging.getLogger("haloseg")
 
@@ -42,7 +42,8 @@ def lease(image: Location, *, lasts_s: float = LEASE_S) -> Iterator[bool]:
     own = _folder(image) / f"{uuid4().hex}.json"
     over = Event()
     renewing = Thread(target=_renew, args=(own, lasts_s, over), name="haloseg-lease", daemon=True)
-    taken = _take(image, own, lasts_s)
+    with storage_errors(image.parent):
+        taken = _take(image, own, lasts_s)
     if taken:
         renewing.start()
     try:

@@ -45,6 +45,20 @@ def test_what_is_wrong_is_the_state_of_the_run_in_one_line(server, tmp_path, cap
     assert "a scan must be whole" in Artifact.get(key="bad-zarr-classes-failure").data
 
 
+def test_a_truth_that_cannot_be_compared_with_is_told_and_fails_nothing(server, tmp_path):
+    scan_file(tmp_path / "scan.tif", (8, 16, 16))
+    scan_file(tmp_path / "truth.tif", (8, 16, 12))
+    model = str(model_file(tmp_path / "model.safetensors"))
+    state = segment_scan(
+        str(tmp_path / "scan.tif"), str(tmp_path / "other.zarr"), model, truth=str(tmp_path / "truth.tif"),
+        return_state=True,
+    )  # fmt: skip
+    assert state.is_completed()
+    assert "| not evaluated | predicted labels and truth must have one shape" in Artifact.get(
+        key="other-zarr-classes-report"
+    ).data
+
+
 def test_a_scan_is_worked_on_by_one_run_at_a_time(server, tmp_path):
     scan_file(tmp_path / "scan.tif", (8, 16, 16))
     image, model = tmp_path / "scan.zarr", str(model_file(tmp_path / "model.safetensors"))
