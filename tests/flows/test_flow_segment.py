@@ -10,7 +10,6 @@ from volumes import model_file, scan_file
 
 from flows.ingest import ingest_scan
 from flows.segment import segment_scan
-from flows.watching import duration, slug
 from pipeline.errors import ArgumentError, ScanError, TakenError
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
@@ -77,16 +76,3 @@ def test_paths_outside_the_roots_are_refused(server, tmp_path, monkeypatch):
     state = ingest_scan(str(tmp_path / "scan.tif"), str(tmp_path / "in" / "scan.zarr"), return_state=True)
     with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
         state.result()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
-)
-def test_times_are_told_as_people_say_them(seconds, told):
-    assert duration(seconds) == told
-
-
-def test_keys_of_artifacts_are_of_the_letters_that_the_server_takes():
-    assert slug("/data/Scan 01_b.OME.tif") == "data-scan-01-b-ome-tif"
-    assert slug("___") == "scan"
-    assert len(slug("x" * 300)) <= 80
