@@ -106,7 +106,9 @@ def _add_ingest(verb: argparse.ArgumentParser) -> None:
 def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("images", nargs="+", metavar="IMAGE")
     verb.add_argument("--labels", required=True, metavar="NAME", help="the label volume of each image to learn from")
-    verb.add_argument("--model", required=True, metavar="FILE", help="the model file to write (.safetensors)")
+    made = verb.add_mutually_exclusive_group(required=True)
+    made.add_argument("--model", metavar="FILE", help="the model file to write (.safetensors)")
+    made.add_argument("--preview", metavar="PNG", help="a picture of augmented patches to write; trains nothing")
     verb.add_argument("--recipe", metavar="TOML", help="a file of settings")
     verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -16,6 +17,8 @@ from pipeline.plan import plan_segment
 from pipeline.segment import segment
 from pipeline.store.image import open_image
 from pipeline.train import train
+from pipeline.unet.augment import Augmentation
+from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
 from pipeline.unet.recipe import Recipe
 
@@ -111,7 +114,7 @@ def test_a_cube_trains_a_3d_network_and_arrays_too_large_for_memory_stay_on_disk
     image = image_of(tmp_path, "v", *textures((20, 40, 72)), size=(0.01, 0.01, 0.01))
     recipe = replace(RECIPE, depth=1, patch=16, steps=3, batch=2)
     train([image], labels="truth", model=str(tmp_path / "memory"), recipe=recipe)
-    monkeypatch.setattr("pipeline.train.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("pipeline.lesson.RESIDENT_BYTES", 0)
     result = train([image], labels="truth", model=str(tmp_path / "disk"), recipe=recipe)
     assert result.model.settings.dims == 3
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
@@ -182,3 +185,93 @@ def test_the_command_refuses_a_bad_recipe_in_one_line(slide, tmp_path, capsys):
     arguments = ["train", slide, "--labels", "truth", "--model", str(tmp_path / "m"), "--recipe", str(recipe)]
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def cells(shape, *, seed=0):
+    """Return touching instances, bright with a dark rim, and their ids."""
+    rng = np.random.default_rng(seed)
+    row = np.arange(shape[-1]) // 12
+    ids = row + 1 + (np.arange(shape[-2])[:, None] // 12) * (row.max() + 1)
+    ids = np.broadcast_to(np.where(rng.random(ids.max() + 1) < 0.7, np.arange(ids.max() + 1), 0)[ids], shape)
+    inside = ids != 0
+    for axis in (-2, -1):
+        for step in (-1, 1):
+            inside = inside & (np.roll(ids, step, axis) == ids)
+    return (1000 + 500 * inside + 100 * rng.standard_normal(shape)).astype(np.uint16), ids.astype(np.uint32)
+
+
+INSTANCES = replace(
+    RECIPE, instances=True, border_weight=10.0, border_sigma_voxels=2.0, balance_classes=True, ignore=70000,
+    augmentation=Augmentation(rotation_degrees=20, elastic_sigma_voxels=1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((120, 132), 2), ((6, 72, 84), 2), ((20, 48, 60), 3)])
+def test_instances_teach_their_inside_and_the_gaps_between(shape, dims, tmp_path, monkeypatch):
+    voxels, ids = cells(shape)
+    ids = ids + 7
+    ids[ids == 7] = 0
+    ids[..., :3, :] = 70000  # nobody has labelled these
+    image = image_of(tmp_path, "cells", voxels, ids)
+    recipe = INSTANCES if dims == 2 else replace(INSTANCES, depth=1, patch=16, batch=2, steps=40)
+    result = train([image], labels="truth", model=str(tmp_path / "m"), recipe=recipe)
+    assert result.model.settings.dims == dims
+    assert (result.model.classes, result.model.class_values) == (("background", "object"), (0, 1))
+    assert min(result.best.dice) > 0.8
+    quick = replace(recipe, steps=2)
+    train([image], labels="truth", model=str(tmp_path / "memory"), recipe=quick)
+    monkeypatch.setattr("pipeline.lesson.RESIDENT_BYTES", 0)
+    train([image], labels="truth", model=str(tmp_path / "disk"), recipe=quick)
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
+
+
+def test_an_ignored_value_is_no_class(tmp_path):
+    voxels, labels = textures((64, 96))
+    labels[:, 40:60] = 9
+    image = image_of(tmp_path, "b", voxels, labels)
+    result = train([image], labels="truth", model=str(tmp_path / "m"), recipe=replace(RECIPE, steps=1, ignore=9))
+    assert result.model.class_values == (3, 200)
+    assert load_model(tmp_path / "m").training["recipe"]["ignore"] == 9
+
+
+def test_a_sigmoid_model_segments_with_the_labels_of_its_classes(slide, tmp_path):
+    recipe = replace(RECIPE, loss=Loss.BINARY_CROSS_ENTROPY)
+    result = train([slide], labels="truth", model=str(tmp_path / "m.safetensors"), recipe=recipe)
+    assert min(result.best.dice) > 0.9
+    voxels, truth = textures((100, 160), seed=9)
+    other = image_of(tmp_path, "b", voxels, truth)
+    plan = plan_segment(other, model=str(tmp_path / "m.safetensors"), name="predicted")
+    labels = np.asarray(segment(plan, run=run_serial).labels.array[:, :])
+    assert (np.array(result.model.class_values)[labels] == truth).mean() > 0.9
+
+
+@pytest.mark.parametrize(("shape", "more"), [((96, 100), 'padding = "valid"'), ((5, 64, 64), ""), ((20, 32, 32), "")])
+def test_a_preview_is_a_picture_and_trains_nothing(shape, more, tmp_path, capsys):
+    image = image_of(tmp_path, "v", *cells(shape))
+    (tmp_path / "r.toml").write_text(
+        f"patch = 16\ndepth = 1\ninstances = true\n{more}\n[augmentation]\nelastic_sigma_voxels = 1"
+    )
+    files = set(tmp_path.iterdir())
+    arguments = ["train", image, "--labels", "truth", "--recipe", str(tmp_path / "r.toml"), "--json"]
+    pictures = []
+    for seed in "112":
+        assert cli.main([*arguments, "--preview", str(tmp_path / "p.png"), "--seed", seed]) == 0
+        pictures.append((tmp_path / "p.png").read_bytes())
+    document = json.loads(capsys.readouterr().out.split("\n{")[0])
+    size = 16 + 2 * 8 * bool(more)
+    assert document["patch_shape"] == [size] * (3 if shape[0] == 20 else 2)
+    assert set(tmp_path.iterdir()) - files == {tmp_path / "p.png"}
+    assert pictures[0] == pictures[1] != pictures[2]
+    picture, shown = imagecodecs.png_decode(pictures[0]), 192 // size * size  # small patches are enlarged
+    assert picture.shape == (192 // size * (2 * size + 4), 6 * shown + 5 * 4, 3)
+    grey, over = picture[:shown, :shown], picture[-shown:, :shown]
+    assert (grey[..., 0] == grey[..., 2]).all()
+    assert (over[..., 0] != over[..., 2]).any()
+
+
+def test_a_preview_that_cannot_be_written_is_refused(slide, tmp_path, capsys):
+    arguments = ["train", slide, "--labels", "truth", "--preview", str(tmp_path / "no" / "p.png")]
+    assert cli.main(arguments) == 2
+    assert "a preview must be a file that can be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, "--model", "m"])

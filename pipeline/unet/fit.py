@@ -12,14 +12,15 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.errors import BudgetError, RunError
+from pipeline.errors import ArgumentError, BudgetError, RunError
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.network import UNet
-from pipeline.unet.patches import IGNORED, Patches
-from pipeline.unet.recipe import Recipe, Schedule
+from pipeline.unet.losses import Objective, balanced
+from pipeline.unet.network import UNet, classes_of
+from pipeline.unet.patches import IGNORED, Patch, Patches
+from pipeline.unet.recipe import Optimiser, Recipe, Schedule
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.warp import batch_of
 
 N_VALIDATION_PATCHES = 64
 
@@ -30,8 +31,8 @@ class Validation:
 
     Attributes
     ----------
-    train_loss : mean cross-entropy of the steps since the validation before, in nats
-    loss : mean cross-entropy over the validation patches, in nats
+    train_loss : mean of the recipe's loss over the steps since the validation before; cross-entropy in nats
+    loss : the same over the validation patches, by their labelled voxels, nothing changed in them
     dice : of each class over all validation patches together; None where neither labels nor network have it
     """
 
@@ -72,25 +73,32 @@ def fit(
     Raises
     ------
     RunError : the loss is no longer finite.
+    ArgumentError : no voxel is labelled where the network is to learn, or where it is held out.
     BudgetError : a batch does not fit the device.
     """
     begin, curve, losses, weights = perf_counter(), list[Validation](), list[float](), dict[str, Tensor]()
     with _same_each_time(seed), _memory(recipe):
         network = UNet(settings).to(device)
-        optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
-        for step, (x, y) in enumerate(_batches(patches, recipe, seed=seed), start=1):
+        optimizer, objective = _optimizer(network, recipe), _objective(patches, recipe)
+        for step, drawn in enumerate(_batches(patches, recipe, seed=seed), start=1):
             spent = (perf_counter() - begin) / (60 * minutes) if minutes else 0.0
-            optimizer.param_groups[0]["lr"] = _rate(recipe, max((step - 1) / recipe.steps, spent))
+            optimizer.param_groups[0]["lr"] = _rate(recipe, max((step - 1) / recipe.steps, spent), step=step)
             network.train()
             optimizer.zero_grad(set_to_none=True)
-            loss = functional.cross_entropy(_core(network(x.to(device)), settings), y.to(device), ignore_index=IGNORED)
+            batch = batch_of(drawn, device=device)
+            loss = objective(_core(network(batch.images), settings), batch.classes, batch.borders)
             loss.backward()  # type: ignore[no-untyped-call]
+            if recipe.clip_norm:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
             optimizer.step()
             losses.append(_finite(loss.item(), step))
 
             over = step == recipe.steps or spent >= 1
             if over or step % recipe.validate_every == 0:
-                now = validate(network, validation, device=device, step=step, train_loss=float(np.mean(losses)))
+                now = validate(
+                    network, validation, objective=objective, device=device, step=step,
+                    train_loss=float(np.mean(losses)),
+                )
                 losses.clear()
                 if now.loss < min((each.loss for each in curve), default=math.inf):
                     weights = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
@@ -101,33 +109,54 @@ def fit(
     return Fitted(weights, min(curve, key=lambda each: each.loss), tuple(curve), step)
 
 
-def _batches(patches: Patches, recipe: Recipe, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return what takes the steps."""
+    weights, rate, decay = network.parameters(), recipe.learning_rate, recipe.weight_decay
+    if recipe.optimiser is Optimiser.SGD:
+        return torch.optim.SGD(weights, lr=rate, momentum=recipe.momentum, weight_decay=decay)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+
+
+def _objective(patches: Patches, recipe: Recipe) -> Objective:
+    """Return the loss, with weights by the frequency of classes where they are asked for."""
+    weights = balanced(torch.from_numpy(patches.class_counts())) if recipe.balance_classes else None
+    return Objective(recipe.loss, weights, recipe.focal_gamma)
+
+
+def _batches(patches: Patches, recipe: Recipe, *, seed: int) -> Iterator[list[Patch]]:
     """Yield batches without end; the next one is read while the last one is learnt from."""
     rng, n = np.random.default_rng(seed), recipe.batch_size(patches.n_axes)
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(patches.batch, n, rng)
         while True:
-            x, y = coming.result()
+            drawn = coming.result()
             coming = reader.submit(patches.batch, n, rng)
-            yield torch.from_numpy(x), torch.from_numpy(y)
+            yield drawn
 
 
-def validate(network: UNet, patches: Patches, *, device: str, step: int, train_loss: float) -> Validation:
+def validate(
+    network: UNet, patches: Patches, *, objective: Objective, device: str, step: int, train_loss: float
+) -> Validation:
     """Return loss and Dice over the fixed patches; the network stays in eval mode."""
     network.eval()
-    n = network.settings.n_classes
+    n, head = network.settings.n_labels, network.settings.head
     total, n_voxels = 0.0, 0
     both, either = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     with torch.inference_mode():
         for source, core in patches.fixed(N_VALIDATION_PATCHES):
-            x, y = (torch.from_numpy(part)[None] for part in patches.at(source, core))
-            logits = _core(network(x.to(device)), network.settings).cpu()
+            batch = batch_of([patches.at(source, core)], device=device)
+            logits, y = _core(network(batch.images), network.settings), batch.classes.cpu()
             counted = y != IGNORED
-            total += float(functional.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum"))
+            total += float(objective(logits, batch.classes, batch.borders)) * int(counted.sum())
             n_voxels += int(counted.sum())
-            got, want = logits.argmax(dim=1)[counted], y[counted]
+            got, want = classes_of(logits, head).cpu()[counted].long(), y[counted]
             both += torch.bincount(want[got == want], minlength=n)
             either += torch.bincount(got, minlength=n) + torch.bincount(want, minlength=n)
+    if not n_voxels:
+        raise ArgumentError(
+            "the part that is held out must have labelled voxels, got none in it; label some of it, or set another "
+            "validation_fraction"
+        )
     dice = tuple(2 * b / e if e else None for b, e in zip(both.tolist(), either.tolist(), strict=True))
     return Validation(step, train_loss, _finite(total / n_voxels, step), dice)
 
@@ -139,16 +168,23 @@ def _core(logits: Tensor, settings: UNetSettings) -> Tensor:
     return logits
 
 
-def _rate(recipe: Recipe, done: float) -> float:
-    """Return the learning rate when this part of the training is done."""
-    if recipe.schedule is Schedule.CONSTANT:
-        return recipe.learning_rate
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def _rate(recipe: Recipe, done: float, *, step: int) -> float:
+    """Return the learning rate of a step, the first being one, when this part of the training is done."""
+    left = max(0.0, 1 - done)
+    falls = {
+        Schedule.CONSTANT: 1.0, Schedule.COSINE: 0.5 * (1 - math.cos(math.pi * left)),
+        Schedule.POLY: math.pow(left, 0.9),
+    }  # fmt: skip
+    rises = min(1.0, step / (recipe.warm_up_steps + 1))
+    return recipe.learning_rate * falls[recipe.schedule] * rises
 
 
 def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
-        raise RunError(f"the loss must stay finite, got {loss} at step {step}; lower learning_rate in the recipe")
+        raise RunError(
+            f"the loss must stay finite, got {loss} at step {step}; lower learning_rate in the recipe, "
+            "or set clip_norm = 1"
+        )
     return loss
 
 

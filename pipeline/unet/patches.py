@@ -6,6 +6,9 @@ learnt from, or shown, are IGNORED; intensities there are seen.
     |hhhh|cccccccc|hhhh|     what enters the network
          |cccccccc|          what is compared with the labels
     region  |----------...   labels before it are ignored
+
+A patch that will be warped is read as far as its own field reaches (``augment``), so that it is made of what the scan
+shows there, and mirrored only where the scan ends.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.geometry.box import Box
+from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable, read_mirrored
+from pipeline.unet.augment import Augmentation, Change, Field, draw_change
 
 IGNORED = -100
+_TRIES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,34 @@ class Source:
     image : shape (channels, *spatial); ``labels``: integers, shape (*spatial)
     windows : (offset, scale) of each channel
     region : where labels count
+    borders : what is added to the weight of each voxel, shape (*spatial); None adds nothing
     """
 
     image: Sliceable
     labels: Sliceable
     windows: tuple[tuple[float, float], ...]
     region: Box
+    borders: Sliceable | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Patch:
+    """What was read for a patch, and what is to be done to it; axes are the network's.
+
+    Attributes
+    ----------
+    image : float32, (channels, *tile), or what the change's field asks for instead of the tile
+    classes : int64, (*core), or what the field asks for instead; IGNORED where they do not count
+    borders : float32, of the shape of ``classes``
+    tile, core : shapes of what enters the network and of what is compared with the labels
+    """
+
+    image: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    borders: NDArray[np.float32] | None
+    tile: tuple[int, ...]
+    core: tuple[int, ...]
+    change: Change | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +75,21 @@ class Orientation:
     order: tuple[int, ...]
     flipped: tuple[bool, ...]
 
+    @classmethod
+    def none(cls, n_axes: int) -> Orientation:
+        """Return the orientation that changes nothing."""
+        return cls(tuple(range(n_axes)), (False,) * n_axes)
+
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the array with its last axes in another order and direction; the same for image and labels."""
         front = array.ndim - len(self.order)
         turned: NDArray[Any] = array.transpose(*range(front), *(front + axis for axis in self.order))
         return np.flip(turned, tuple(front + axis for axis, flip in enumerate(self.flipped) if flip))
+
+    def before(self, margins: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """Return which voxels before and after a box become these margins of it once it is turned."""
+        sides = [margin[::-1] if flip else margin for margin, flip in zip(margins, self.flipped, strict=True)]
+        return tuple(sides[self.order.index(axis)] for axis in range(len(sides)))
 
 
 def orientations(
@@ -77,7 +115,10 @@ class Patches:
     ----------
     class_values : label values, ascending; their positions are the classes
     n_axes : axes of the network; of a volume's patches it sees the last two where this is 2
-    turns : orientations to draw from; contrast: how far intensities are scaled and shifted
+    turns : orientations to draw from
+    augmentation : how far drawn patches are changed
+    spacing : distance of voxels along the network's axes, in voxels of the finest; empty: all alike
+    ignore : label value of voxels that nobody has labelled
     """
 
     sources: tuple[Source, ...]
@@ -86,20 +127,50 @@ class Patches:
     class_values: tuple[int, ...]
     n_axes: int
     turns: tuple[Orientation, ...]
-    contrast: float
+    augmentation: Augmentation
+    spacing: tuple[float, ...] = ()
+    ignore: int | None = None
 
-    def at(self, source: Source, core: Box) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return what a patch shows the network, float32 (channels, *tile), and its classes, int64 (*core)."""
-        return self._seen(*self._read(source, core))
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """Shape of what enters the network, along its axes."""
+        return tuple(c + 2 * h for c, h in zip(self.core, self.halo, strict=True))[-self.n_axes :]
 
-    def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return a random patch, turned at random; larger images are drawn from in proportion."""
+    def at(self, source: Source, core: Box) -> Patch:
+        """Return the patch of a core as it is."""
+        return self.changed(source, core, turn=Orientation.none(core.ndim))
+
+    def changed(self, source: Source, core: Box, *, turn: Orientation, change: Change | None = None) -> Patch:
+        """Return the patch of a core, turned, with what a change of it looks up around it."""
+        field = change.field if change else None
+        seen = self._reached(core.grow(self.halo), turn, field)
+        x, known = self._image(source, seen), self._reached(core, turn, field)
+        y, front = self._classes(source, known), len(self.core) - self.n_axes
+        w = None if source.borders is None else read_mirrored(source.borders, known)
+
+        def shown(part: NDArray[Any], axis: int) -> NDArray[Any]:
+            turned = turn.apply(part)  # an axis across slices has one voxel
+            return turned.reshape(turned.shape[:axis] + turned.shape[axis + front :]).copy()
+
+        borders = None if w is None else shown(w, 0).astype(np.float32)
+        return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change)
+
+    def draw(self, rng: np.random.Generator) -> Patch:
+        """Return a random patch, turned at random, with its change still to be done.
+
+        Larger images are drawn from in proportion. Where voxels may be unlabelled, up to 16 places are tried for one
+        that shows a label.
+        """
         voxels = np.array([source.region.n_voxels for source in self.sources], dtype=np.float64)
         source = self.sources[int(rng.choice(len(self.sources), p=voxels / voxels.sum()))]
-        x, y = self._read(source, self.place(source, rng))
         turn = self.turns[int(rng.integers(len(self.turns)))]
-        gain, shift = 1 + self.contrast * rng.uniform(-1, 1), self.contrast * rng.uniform(-1, 1)
-        return self._seen(turn.apply(x) * np.float32(gain) + np.float32(shift), turn.apply(y))
+        change = draw_change(self.augmentation, self.tile, spacing=self.spacing or (1.0,) * self.n_axes, rng=rng)
+        place = self.place(source, rng)
+        for _ in range(0 if self.ignore is None else _TRIES):
+            if (self._classes(source, place) != IGNORED).any():
+                break
+            place = self.place(source, rng)
+        return self.changed(source, place, turn=turn, change=change)
 
     def place(self, source: Source, rng: np.random.Generator) -> Box:
         """Return a core anywhere in the region; where the region is smaller than it, one that holds the region."""
@@ -109,10 +180,9 @@ class Patches:
             start.append(int(rng.integers(first, last + 1)))
         return self._core(tuple(start))
 
-    def batch(self, n: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return ``n`` random patches, stacked along a new first axis."""
-        xs, ys = zip(*(self.draw(rng) for _ in range(n)), strict=True)
-        return np.stack(xs), np.stack(ys)
+    def batch(self, n: int, rng: np.random.Generator) -> list[Patch]:
+        """Return ``n`` random patches."""
+        return [self.draw(rng) for _ in range(n)]
 
     def fixed(self, most: int) -> list[tuple[Source, Box]]:
         """Return at most ``most`` places, evenly spread over all regions, always the same."""
@@ -125,23 +195,44 @@ class Patches:
         chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))
         return [places[i] for i in chosen]
 
-    def _read(self, source: Source, core: Box) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return normalised intensities (channels, *tile) and classes (*core), along the image's axes."""
-        raw = read_mirrored(source.image, core.grow(self.halo))
-        offset, scale = np.array(source.windows).T.reshape(2, -1, *(1,) * core.ndim)
-        x = ((raw.astype(np.float64) - offset) * scale).astype(np.float32)
-        found = np.searchsorted(self.class_values, read_mirrored(source.labels, core)).astype(np.int64)
-        inside = core.intersect(source.region).shift(tuple(-a for a in core.start))
+    def class_counts(self) -> NDArray[np.int64]:
+        """Return how many voxels of the regions are of each class, read block by block."""
+        counts = np.zeros(len(self.class_values), np.int64)
+        for source in self.sources:
+            for block in BlockGrid(source.region.shape, self.core):
+                found = self._classes(source, block.core.shift(source.region.start))
+                counts += np.bincount(found[found != IGNORED], minlength=len(counts))
+        return counts
+
+    def _reached(self, box: Box, turn: Orientation, field: Field | None) -> Box:
+        """Return what a field looks up for a box that will be turned first."""
+        if field is None:
+            return box
+        across = ((0, 0),) * (box.ndim - self.n_axes)
+        turned = tuple(box.shape[axis] for axis in turn.order)
+        margins = turn.before((*across, *field.margins(turned[-self.n_axes :])))
+        return Box(
+            tuple(a - m for a, (m, _) in zip(box.start, margins, strict=True)),
+            tuple(b + m for b, (_, m) in zip(box.stop, margins, strict=True)),
+        )
+
+    def _image(self, source: Source, box: Box) -> NDArray[np.float32]:
+        """Return normalised intensities, (channels, *box.shape)."""
+        raw = read_mirrored(source.image, box)
+        offset, scale = np.array(source.windows).T.reshape(2, -1, *(1,) * box.ndim)
+        x: NDArray[np.float32] = ((raw.astype(np.float64) - offset) * scale).astype(np.float32)
+        return x
+
+    def _classes(self, source: Source, box: Box) -> NDArray[np.int64]:
+        """Return the classes in a box, IGNORED outside the region and where nobody has labelled."""
+        labels = read_mirrored(source.labels, box)
+        found = np.searchsorted(self.class_values, labels).astype(np.int64)
+        if self.ignore is not None:
+            found[labels == self.ignore] = IGNORED
+        inside = box.intersect(source.region).shift(tuple(-a for a in box.start))
         y = np.full_like(found, IGNORED)
         y[inside.slices] = found[inside.slices]
-        return x, y
-
-    def _seen(
-        self, x: NDArray[np.float32], y: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return a patch along the network's axes, without that across its slices."""
-        front = len(self.core) - self.n_axes
-        return x.reshape(x.shape[:1] + x.shape[1 + front :]), y.reshape(y.shape[front:])
+        return y
 
     def _core(self, start: tuple[int, ...]) -> Box:
         return Box(start, tuple(a + n for a, n in zip(start, self.core, strict=True)))

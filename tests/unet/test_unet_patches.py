@@ -5,11 +5,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
+from pipeline.unet.augment import Augmentation, draw_change
 from pipeline.unet.patches import IGNORED, Orientation, Patches, Source, orientations
+from pipeline.unet.warp import batch_of
 
+STILL = Augmentation(brightness=0, contrast=0)
+ALL_2D = orientations((4, 4), halo=(0, 0), voxel_size_um=None)
 ALL_3D = orientations((4, 4, 4), halo=(0, 0, 0), voxel_size_um=None)
 
 
@@ -20,9 +25,15 @@ def marked(shape, *, region=None) -> Source:
     return Source(image, labels, ((2.0, 0.5),), region or Box.whole(shape))
 
 
-def patches_of(source, *, core, halo, n_axes=None, contrast=0.0, turns=None) -> Patches:
+def patches_of(source, *, core, halo, n_axes=None, change=STILL, turns=None) -> Patches:
     turns = turns or orientations(core, halo=halo, voxel_size_um=None)
-    return Patches((source,), core, halo, tuple(range(0, 70, 10)), n_axes or len(core), turns, contrast)
+    return Patches((source,), core, halo, tuple(range(0, 70, 10)), n_axes or len(core), turns, change)
+
+
+def seen(patches):
+    """Return image and classes of patches as the network sees them."""
+    batch = batch_of(patches, device="cpu")
+    return batch.images.numpy(), batch.classes.numpy()
 
 
 def centre(x, halo):
@@ -36,7 +47,7 @@ def centre(x, halo):
 )  # fmt: skip
 def test_image_and_labels_move_together(shape, core, halo, seed):
     patches = patches_of(marked(shape), core=(core,) * len(shape), halo=(halo,) * len(shape))
-    x, y = patches.draw(np.random.default_rng(seed))
+    (x,), (y,) = seen([patches.draw(np.random.default_rng(seed))])
     assert x.dtype == np.float32
     assert x.shape == (1, *(core + 2 * halo,) * len(shape))
     intensities = centre(x, patches.halo)[0] / 0.5 + 2
@@ -50,7 +61,7 @@ def test_context_is_what_inference_would_read(data):
     source = marked((9, 11))
     core = Box(*((data.draw(st.integers(-3, 8)), data.draw(st.integers(-3, 8))),) * 2)
     core = Box(core.start, tuple(a + 4 for a in core.start))
-    x, _ = patches_of(source, core=(4, 4), halo=(5, 3)).at(source, core)
+    x = patches_of(source, core=(4, 4), halo=(5, 3)).at(source, core).image
     assert np.array_equal(x / 0.5 + 2, read_mirrored(source.image, core.grow((5, 3))))
 
 
@@ -58,14 +69,14 @@ def test_labels_outside_the_region_are_ignored_and_all_inside_can_be_drawn():
     region = Box((2, 3), (7, 10))
     source = marked((9, 12), region=region)
     patches = patches_of(source, core=(3, 3), halo=(1, 1))
-    rng, seen = np.random.default_rng(0), set()
+    rng, drawn = np.random.default_rng(0), set()
     for _ in range(300):
         core = patches.place(source, rng)
-        x, y = patches.at(source, core)
-        assert (y != IGNORED).all()
-        seen |= set((centre(x, (1, 1))[0] / 0.5 + 2).ravel().astype(int).tolist())
+        patch = patches.at(source, core)
+        assert (patch.classes != IGNORED).all()
+        drawn |= set((centre(patch.image, (1, 1))[0] / 0.5 + 2).ravel().astype(int).tolist())
     inside = {r * 12 + c for r in range(2, 7) for c in range(3, 10)}
-    assert seen == inside
+    assert drawn == inside
 
 
 def test_a_region_smaller_than_the_core_is_held_by_it():
@@ -76,14 +87,14 @@ def test_a_region_smaller_than_the_core_is_held_by_it():
         core = patches.place(source, rng)
         assert core.start[0] <= 2 < core.stop[0]
         rows.add(core.start[0])
-        assert (patches.at(source, core)[1] != IGNORED).sum() in {4, 3, 2, 1}
+        assert (patches.at(source, core).classes != IGNORED).sum() in {4, 3, 2, 1}
     assert rows == {-1, 0, 1, 2}
 
 
 def test_slices_of_a_volume_are_seen_without_the_axis_across():
     source = marked((5, 8, 8))
     patches = patches_of(source, core=(1, 4, 4), halo=(0, 2, 2), n_axes=2)
-    x, y = patches.batch(6, np.random.default_rng(0))
+    x, y = seen(patches.batch(6, np.random.default_rng(0)))
     assert x.shape == (6, 1, 8, 8)
     assert y.shape == (6, 4, 4)
     assert np.array_equal((centre(x, (2, 2))[:, 0] / 0.5 + 2) % 7, y)
@@ -95,17 +106,17 @@ def test_larger_images_are_drawn_from_in_proportion():
     shifted = Source(large.image + 7000, large.labels, large.windows, large.region)
     patches = replace(patches_of(small, core=(2, 2), halo=(0, 0)), sources=(small, shifted))
     rng = np.random.default_rng(0)
-    share = np.mean([patches.draw(rng)[0].min() > 3000 for _ in range(1000)])
+    share = np.mean([patches.draw(rng).image.min() > 3000 for _ in range(1000)])
     assert share == pytest.approx(0.9, abs=0.04)
 
 
 def test_contrast_scales_and_shifts_intensities_only():
     source = marked((16, 16))
     still = orientations((16, 16), halo=(0, 0), voxel_size_um=None)[:1]
-    one = patches_of(source, core=(16, 16), halo=(0, 0), contrast=0.2, turns=still)
-    plain, labels = one.at(source, Box.whole((16, 16)))
+    one = patches_of(source, core=(16, 16), halo=(0, 0), change=Augmentation(brightness=0.2, contrast=0.2), turns=still)
+    (plain,), (labels,) = seen([one.at(source, Box.whole((16, 16)))])
     for seed in range(10):
-        x, y = one.draw(np.random.default_rng(seed))
+        (x,), (y,) = seen([one.draw(np.random.default_rng(seed))])
         gain, shift = np.polyfit(plain.ravel(), x.ravel(), 1)
         assert np.allclose(plain * gain + shift, x, atol=1e-3)
         assert 0.8 <= gain <= 1.2
@@ -116,12 +127,12 @@ def test_contrast_scales_and_shifts_intensities_only():
 def test_fixed_places_cover_each_region_and_are_the_same_each_time():
     source = marked((9, 12), region=Box((2, 3), (7, 10)))
     patches = patches_of(source, core=(3, 3), halo=(1, 1))
-    seen = np.zeros((9, 12), int)
+    shown = np.zeros((9, 12), int)
     for _, core in patches.fixed(1000):
-        seen[core.slices] += 1
+        shown[core.slices] += 1
         assert core.intersect(source.region) == core
-    assert (seen[source.region.slices] > 0).all()
-    assert seen.sum() == seen[source.region.slices].sum()
+    assert (shown[source.region.slices] > 0).all()
+    assert shown.sum() == shown[source.region.slices].sum()
     assert patches.fixed(3) == patches.fixed(3)
     assert len(patches.fixed(3)) == 3
 
@@ -172,3 +183,77 @@ def test_only_axes_that_are_alike_are_swapped(core, halo, size, swaps):
 def test_channels_are_not_turned():
     x = np.stack([np.zeros((2, 2)), np.ones((2, 2))])
     assert np.array_equal(Orientation((1, 0), (True, True)).apply(x), x)
+
+
+AFFINE = Augmentation(
+    brightness=0, contrast=0, rotation_degrees=180, tilt_degrees=30, shift_voxels=2, scale=0.5, shear=0.2
+)
+
+
+@pytest.mark.parametrize(("core", "halo"), [((1, 5, 5), (0, 2, 2)), ((4, 4, 4), (2, 2, 2))])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_warped_patch_is_what_the_field_shows_of_the_whole_scan(core, halo, seed):
+    rng, shape, n_axes = np.random.default_rng(seed), (9, 11, 12), sum(n > 1 for n in core)
+    source = Source(rng.normal(size=(1, *shape)), rng.integers(0, 3, shape), ((0.0, 1.0),), Box.whole(shape))
+    turns = orientations(core, halo=halo, voxel_size_um=None)
+    patches = Patches((source,), core, halo, (0, 1, 2), n_axes, turns, AFFINE)
+    place, turn = patches.place(source, rng), turns[int(rng.integers(len(turns)))]
+    change = draw_change(AFFINE, patches.tile, spacing=(1.0,) * n_axes, rng=rng)
+    (x,), (y,) = seen([patches.changed(source, place, turn=turn, change=change)])
+
+    # the oracle turns all of the scan, mirrored far around the patch's centre, and looks up by SciPy
+    far = place.grow((0 if n_axes == 2 else 20, 20, 20))
+    known = np.pad(np.zeros(shape), 1, constant_values=1)  # 1 outside the scan, where labels do not count
+    outside = far.shift((1, 1, 1))
+    at = [np.clip(np.arange(a, b), 0, n + 1) for a, b, n in zip(outside.start, outside.stop, shape, strict=True)]
+    parts = read_mirrored(source.image[0], far), read_mirrored(source.labels, far), known[np.ix_(*at)]
+    image, labels, unknown = (turn.apply(part).reshape(part.shape[3 - n_axes :]) for part in parts)
+
+    def looked_up(array, n, order):
+        offset = np.stack(np.meshgrid(*(np.arange(k) - (k - 1) / 2 for k in n), indexing="ij"))
+        middle = (np.array(array.shape) - 1) / 2 + change.field.shift
+        where = np.tensordot(change.field.matrix, offset, 1) + middle.reshape(-1, *(1,) * n_axes)
+        return ndimage.map_coordinates(array, where, order=order), np.abs(where - np.round(where)).max(axis=0)
+
+    assert np.allclose(x[0], looked_up(image.astype(float), x.shape[1:], 1)[0], atol=1e-4)
+    unknown, part = looked_up(unknown, y.shape, 0)
+    clear = part < 0.499  # SciPy may round the other way in the middle between two voxels
+    expected = np.where(unknown, IGNORED, looked_up(labels, y.shape, 0)[0])
+    assert np.array_equal(y[clear], expected[clear])
+    assert clear.mean() > 0.9
+
+
+def test_margins_before_a_turn_are_those_of_the_turned_box():
+    block = np.zeros((4, 5, 6))
+    margins = ((1, 2), (3, 4), (5, 6))
+    for turn in orientations((1, 1, 1), halo=(0, 0, 0), voxel_size_um=None):
+        wide = np.pad(block, turn.before(margins), constant_values=1)
+        assert np.array_equal(turn.apply(wide), np.pad(turn.apply(block), margins, constant_values=1))
+
+
+def test_unlabelled_voxels_are_ignored_and_places_without_a_label_are_avoided():
+    labels = np.full((40, 40), 99, np.uint8)
+    labels[30:33, 5:8] = 20
+    source = Source(np.zeros((1, 40, 40)), labels, ((0.0, 1.0),), Box.whole((40, 40)))
+    patches = Patches((source,), (8, 8), (0, 0), (10, 20), 2, ALL_2D, STILL, ignore=99)
+    rng = np.random.default_rng(0)
+    shown = [patches.draw(rng).classes for _ in range(200)]
+    assert {int(v) for each in shown for v in np.unique(each)} == {IGNORED, 1}
+    by_chance = 10 * 10 / 33**2  # of all places
+    assert np.mean([(each != IGNORED).any() for each in shown]) == pytest.approx(1 - (1 - by_chance) ** 17, abs=0.1)
+    assert patches.class_counts().tolist() == [0, 9]
+
+
+def test_classes_are_counted_in_the_regions_only():
+    source = marked((9, 12), region=Box((2, 3), (7, 10)))
+    counts = patches_of(source, core=(4, 4), halo=(1, 1)).class_counts()
+    assert np.array_equal(counts, np.bincount(source.labels[2:7, 3:10].ravel() // 10, minlength=7))
+
+
+def test_border_weights_move_with_the_labels():
+    weights = np.arange(12 * 12, dtype=np.float32).reshape(12, 12)
+    source = replace(marked((12, 12)), borders=weights)
+    patches = patches_of(source, core=(4, 4), halo=(2, 2))
+    for seed in range(20):
+        patch = patches.draw(np.random.default_rng(seed))
+        assert np.array_equal(patch.borders % 7 * 10, patch.classes * 10)

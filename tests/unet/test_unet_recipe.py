@@ -1,8 +1,10 @@
 import pytest
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.recipe import Recipe, Schedule, choose_dims, load_recipe
-from pipeline.unet.settings import Padding, UNetSettings
+from pipeline.unet.augment import Augmentation
+from pipeline.unet.losses import Loss
+from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe
+from pipeline.unet.settings import Head, Padding, UNetSettings
 
 
 def written(tmp_path, text):
@@ -26,13 +28,59 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ("validation_fraction = 1.0", "between 0 and 1"), ("learning_rate = -1", "learning_rate must be above 0"),
         ("learning_rate = inf", "learning_rate must be above 0"), ("dims = 1", "dims must be 2 or 3, or 0"),
         ("classes = [1, 2]", "classes must be a list of texts"),
-        ("depth = ", "must be a TOML file"), ("contrast = -0.5", "contrast must be at least 0"),
+        ("augmentation = 3", r"augmentation must be a table, got 3 .* write \[augmentation\]"),
+        ("[augmentation]\ncolour = 1", r"\[augmentation\] in .* has the settings flips, .*, got .'colour'."),
+        ("[augmentation]\nflips = 1", "flips must be of type bool, got 1"),
+        ("[augmentation]\nelastic_nodes = 2.5", "elastic_nodes must be of type int, got 2.5"),
+        ("[augmentation]\naugmentation = 1", "got .'augmentation'."),
+        ("[loss]\nname = 1", "loss must be one of cross_entropy, dice, "),
+        ("contrast = 0.2", r"got .'contrast'.; put contrast below \[augmentation\]"),
+        ("[augmentation]\nsteps = 3", r"got .'steps'.; put steps above \[augmentation\]"),
+        ('loss = "l3"', "loss must be one of cross_entropy, dice, dice_cross_entropy, binary_cross_entropy, focal"),
+        ('optimiser = "lion"', "optimiser must be one of adamw, sgd"),
+        ('schedule = "step"', "schedule must be one of constant, cosine, poly"),
+        ("momentum = 1", "momentum must be at least 0 and below 1, got 1.0; use 0.99"),
+        ("clip_norm = -1", "clip_norm must be at least 0"), ("warm_up_steps = -1", "warm_up_steps must be at least 0"),
+        ("weight_decay = nan", "weight_decay must be at least 0, got nan"),
+        ("border_sigma_voxels = 0", "border_sigma_voxels must be above 0, got 0.0; use 5"),
+        ("border_weight = 10", "border_weight needs labels that are instances, got 10 and instances = false"),
+        ('border_weight = 10\ninstances = true\nloss = "dice"', "a sum over voxels, got loss dice; use dice_cross"),
+        ('balance_classes = true\nloss = "dice"', "balance_classes need a loss that is a sum over voxels"),
+        ("ignore = 1.5", "ignore must be of type int, got 1.5"),
+        ("ignore = 0\ninstances = true", "ignore must be another value than the background"),
+        ("depth = ", "must be a TOML file"),
+        ("[augmentation]\ncontrast = -0.5", "contrast must be from 0 to 1, got -0.5"),
     ],
 )
 def test_settings_that_are_unknown_or_break_a_rule_are_refused(tmp_path, text, message):
     with pytest.raises(ArgumentError, match=message) as caught:
         load_recipe(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_the_papers_settings_are_read(tmp_path):
+    text = """
+        loss = "cross_entropy"
+        instances = true
+        border_weight = 10
+        ignore = 255
+        optimiser = "sgd"
+        learning_rate = 0.01
+        [augmentation]
+        elastic_sigma_voxels = 10
+        flips = false
+    """
+    change = Augmentation(elastic_sigma_voxels=10.0, flips=False)
+    assert load_recipe(written(tmp_path, text)) == Recipe(
+        loss=Loss.CROSS_ENTROPY, instances=True, border_weight=10.0, ignore=255, optimiser=Optimiser.SGD,
+        learning_rate=0.01, augmentation=change,
+    )  # fmt: skip
+
+
+def test_a_sigmoid_has_no_channel_for_the_first_class():
+    settings = Recipe(loss=Loss.BINARY_CROSS_ENTROPY).network(dims=2, in_channels=1, n_classes=4)
+    assert (settings.head, settings.n_classes, settings.n_labels) == (Head.SIGMOID, 3, 4)
+    assert Recipe().network(dims=2, in_channels=1, n_classes=4).n_classes == 4
 
 
 def test_a_missing_recipe_is_refused(tmp_path):

@@ -1,0 +1,190 @@
+"""Lesson: what a network is to learn, from images and their labels on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ArgumentError, StoreError
+from pipeline.geometry.box import Box
+from pipeline.geometry.grid import BlockGrid
+from pipeline.geometry.mirror import Sliceable
+from pipeline.store.image import Image, open_image
+from pipeline.store.labels import Labels, label_location, open_labels
+from pipeline.unet.borders import Borders, Separated, in_memory
+from pipeline.unet.fit import training_rule
+from pipeline.unet.patches import Patches, Source, orientations
+from pipeline.unet.recipe import Recipe, choose_dims
+from pipeline.unet.settings import LARGEST_CLASS, UNetSettings
+
+RESIDENT_BYTES = 2**29
+INSTANCE_CLASSES = ("background", "object")
+_SIZE_TOLERANCE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Images, their labels, and the patches that a network of these settings learns from.
+
+    Attributes
+    ----------
+    classes, class_values : names and label values of the classes, ascending
+    learn, check : patches to learn from, and those of the parts that are held out
+    held_out : the part of each image that is held out
+    """
+
+    images: tuple[Image, ...]
+    truths: tuple[Labels, ...]
+    settings: UNetSettings
+    classes: tuple[str, ...]
+    class_values: tuple[int, ...]
+    learn: Patches
+    check: Patches
+    held_out: tuple[Box, ...]
+
+
+def open_lesson(images: Sequence[str], *, labels: str, recipe: Recipe) -> Lesson:
+    """Return what a recipe makes of the label volume ``labels`` of every image.
+
+    The last part of every image along its first axis (the last slices of a volume, the bottom of a slide) is held out.
+
+    Raises
+    ------
+    InputError : images, labels and recipe do not fit.
+    """
+    opened = [open_image(path) for path in images]
+    truths = [open_labels(label_location(image.location, labels)) for image in opened]
+    _check_alike(opened)
+    values = _class_values(opened, truths, recipe=recipe)
+    if recipe.classes and len(recipe.classes) != len(values):
+        raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
+    names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(truths[0], value) for value in values)
+    dims = choose_dims(recipe, shapes=[each.spatial_shape for each in opened], voxel_size_um=opened[0].voxel_size_um)
+    settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
+    regions = [_split(image.spatial_shape, recipe.validation_fraction) for image in opened]
+    learn = _patches(opened, truths, settings=settings, recipe=recipe, values=values, regions=regions)
+    check = replace(
+        learn, sources=tuple(replace(s, region=box) for s, (_, box) in zip(learn.sources, regions, strict=True))
+    )
+    held_out = tuple(box for _, box in regions)
+    return Lesson(
+        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, held_out
+    )  # fmt: skip
+
+
+def _check_alike(images: list[Image]) -> None:
+    """Refuse images that one network cannot learn from together."""
+    if not images:
+        raise ArgumentError("training needs at least one image, got none; name one")
+    first = images[0]
+    for other in images[1:]:
+        if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):
+            raise ArgumentError(
+                f"images must have the same channels and axes, got {first.n_channels} x {first.spatial_shape} and "
+                f"{other.n_channels} x {other.spatial_shape} in {other.location}; train one model for each kind"
+            )
+        pairs = zip(first.voxel_size_um or (), other.voxel_size_um or (), strict=False)
+        if any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
+            raise ArgumentError(
+                f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
+                f"in {other.location}; resample them or train one model for each"
+            )
+
+
+def _class_values(images: list[Image], truths: list[Labels], *, recipe: Recipe) -> tuple[int, ...]:
+    """Return all label values but the ignored one, ascending, found block by block; of instances, 0 and 1."""
+    values: set[int] = set()
+    for image, truth in zip(images, truths, strict=True):
+        if truth.spatial_shape != image.spatial_shape:
+            raise StoreError(
+                f"labels must have the image's shape {image.spatial_shape}, got {truth.spatial_shape} at "
+                f"{truth.location}; ingest them again"
+            )
+        if np.dtype(truth.dtype).kind not in "iub":
+            raise StoreError(f"labels must be integers, got {truth.dtype} at {truth.location}; convert them")
+        array = truth.array
+        for block in BlockGrid(truth.spatial_shape, truth.layout.shard):
+            found = set(np.unique(np.asarray(array[block.core.slices])).tolist()) - {recipe.ignore}
+            values |= {int(value != 0) for value in found} if recipe.instances else found
+            if len(values) > LARGEST_CLASS:
+                raise ArgumentError(
+                    f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they "
+                    "are instances, set instances = true in the recipe or make classes of them, such as boundary and "
+                    "interior"
+                )
+    if len(values) < 2:
+        raise ArgumentError(f"labels must have at least 2 different values, got {sorted(values)}; label another class")
+    return tuple(sorted(values))
+
+
+def _patches(
+    images: list[Image], truths: list[Labels], *, settings: UNetSettings, recipe: Recipe, values: tuple[int, ...],
+    regions: list[tuple[Box, Box]],
+) -> Patches:
+    """Return the patches to learn from."""
+    size = recipe.patch_core(settings)
+    rule, core = training_rule(settings), (size,) * settings.dims
+    if len(images[0].spatial_shape) > settings.dims:
+        rule, core = rule.over_slices(), (1, *core)
+    spacing = _spacing(images[0], dims=settings.dims)
+    turns = orientations(core, halo=rule.halo, voxel_size_um=images[0].voxel_size_um)
+    turns = turns if recipe.augmentation.flips else turns[:1]
+    sources = _sources(images, truths, recipe=recipe, spacing=spacing, dims=settings.dims, regions=regions)
+    patches = Patches(
+        sources, core, rule.halo, values, settings.dims, turns, recipe.augmentation, spacing[-settings.dims :],
+        -1 if recipe.instances and recipe.ignore is not None else recipe.ignore,
+    )
+    recipe.augmentation.check(patches.tile, spacing=patches.spacing)
+    return patches
+
+
+def _spacing(image: Image, *, dims: int) -> tuple[float, ...]:
+    """Return the distance of voxels along every axis, in voxels of the finest that the network sees."""
+    size = image.voxel_size_um or (1.0,) * len(image.spatial_shape)
+    return tuple(each / min(size[-dims:]) for each in size)
+
+
+def _sources(
+    images: list[Image], truths: list[Labels], *, recipe: Recipe, spacing: tuple[float, ...], dims: int,
+    regions: list[tuple[Box, Box]],
+) -> tuple[Source, ...]:
+    """Return the images with their labels, in memory where they are small."""
+    arrays: list[Any] = [*(image.array for image in images), *(truth.array for truth in truths)]
+    n_voxels = sum(prod(image.spatial_shape) for image in images)
+    computed_bytes = n_voxels * (2 * recipe.instances + 4 * (recipe.border_weight > 0))
+    resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
+    stored: list[Sliceable] = [np.asarray(array[:]) for array in arrays] if resident else arrays
+    n, axes, sources = len(images), tuple(range(len(spacing) - dims, len(spacing))), []
+    for image, voxels, ids, (region, _) in zip(images, stored[:n], stored[n:], regions, strict=True):
+        labels, borders = ids, None
+        keep: Callable[[Sliceable], Sliceable] = in_memory if resident else lambda computed: computed
+        if recipe.instances:
+            labels = keep(Separated(ids, axes, recipe.ignore))
+        if recipe.border_weight:
+            about = recipe.border_weight, recipe.border_sigma_voxels, recipe.ignore
+            borders = keep(Borders(ids, axes, spacing, *about))
+        windows = tuple(each.window(recipe.normalisation) for each in image.statistics)
+        sources.append(Source(voxels, labels, windows, region, borders))
+    return tuple(sources)
+
+
+def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:
+    """Return the region to learn from and the slab held out: the end of the first axis of more than one voxel."""
+    axis = next((axis for axis, n in enumerate(shape) if n > 1), None)
+    if axis is None:
+        raise ArgumentError(f"an image must have at least two voxels to learn and to hold out, got shape {shape}")
+    n = shape[axis]
+    cut = n - min(n - 1, max(1, round(n * fraction)))
+    whole = Box.whole(shape)
+    stop = tuple(cut if i == axis else m for i, m in enumerate(shape))
+    start = tuple(cut if i == axis else 0 for i in range(len(shape)))
+    return Box(whole.start, stop), Box(start, whole.stop)
+
+
+def _class_name(truth: Labels, value: int) -> str:
+    """Return what the labels call a value, where they were made by a model; else the value itself."""
+    return truth.classes[value] if value < len(truth.classes) else f"class {value}"

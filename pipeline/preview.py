@@ -1,0 +1,95 @@
+"""Preview: a picture of what a network would learn from, changed as its recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ArgumentError
+from pipeline.lesson import open_lesson
+from pipeline.store.labels import LABEL_COLOURS
+from pipeline.unet.patches import IGNORED
+from pipeline.unet.recipe import Recipe
+from pipeline.unet.warp import batch_of
+
+N_PATCHES = 6
+_WIDTH = 192
+_GAP = 4
+_OPACITY = 0.35
+_UNKNOWN = (90, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What was drawn, and where the picture lies."""
+
+    path: str
+    tile: tuple[int, ...]
+    n_patches: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the preview as a JSON object."""
+        return {"preview": self.path, "patch_shape": list(self.tile), "patches": self.n_patches}
+
+
+def preview(images: Sequence[str], *, labels: str, recipe: Recipe, seed: int, path: str) -> Preview:
+    """Write a PNG of the first patches that a training with this seed would see; of volumes their middle slices.
+
+        image    image    image   ...    what enters the network
+        labels   labels   labels  ...    over it; unlabelled voxels dark red, what only lends context left clear
+
+    Raises
+    ------
+    InputError : images, labels and recipe do not fit, or the picture cannot be written there.
+    """
+    lesson = open_lesson(images, labels=labels, recipe=recipe)
+    batch = batch_of(lesson.learn.batch(N_PATCHES, np.random.default_rng(seed)), device="cpu")
+    columns = []
+    for x, y in zip(batch.images.numpy(), batch.classes.numpy(), strict=True):
+        grey = _grey(_middle(x[0]))
+        columns.append(np.concatenate([grey, _gap(grey.shape[1], axis=0), _over(grey, _middle(y))]))
+    enlarged = max(1, _WIDTH // columns[0].shape[1])
+    columns = [column.repeat(enlarged, axis=0).repeat(enlarged, axis=1) for column in columns]
+    strip = [part for column in columns for part in (column, _gap(columns[0].shape[0], axis=1))][:-1]
+    picture = np.concatenate(strip, axis=1)
+    try:
+        Path(path).write_bytes(imagecodecs.png_encode(picture))
+    except OSError as error:
+        raise ArgumentError(f"a preview must be a file that can be written, got {path} ({error.strerror})") from error
+    return Preview(path, lesson.learn.tile, N_PATCHES)
+
+
+def _middle(x: NDArray[Any]) -> NDArray[Any]:
+    """Return the middle slice of a volume, (y, x)."""
+    return x if x.ndim == 2 else x[x.shape[0] // 2]
+
+
+def _grey(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the plane as (y, x, 3), its 1st percentile black and its 99th white."""
+    low, high = np.percentile(plane, (1, 99))
+    shown = np.clip((plane - low) / max(high - low, 1e-12), 0, 1) * 255
+    return np.repeat(shown.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _over(grey: NDArray[np.uint8], classes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the picture with the classes of its middle in their colours."""
+    out = grey.astype(np.float64)
+    start = [(n - m) // 2 for n, m in zip(grey.shape, classes.shape, strict=False)]
+    part = out[tuple(slice(a, a + m) for a, m in zip(start, classes.shape, strict=True))]
+    for value in np.unique(classes):
+        colour = _UNKNOWN if value == IGNORED else LABEL_COLOURS[1 + int(value) % (len(LABEL_COLOURS) - 1)][:3]
+        where = classes == value
+        part[where] = (1 - _OPACITY) * part[where] + _OPACITY * np.array(colour)
+    return out.astype(np.uint8)
+
+
+def _gap(length: int, *, axis: int) -> NDArray[np.uint8]:
+    """Return a white bar between rows (axis 0) or columns (axis 1) of the picture."""
+    shape = (_GAP, length, 3) if axis == 0 else (length, _GAP, 3)
+    return np.full(shape, 255, dtype=np.uint8)

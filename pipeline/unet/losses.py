@@ -1,0 +1,146 @@
+"""Losses: how far logits are from the classes; what nobody has labelled counts in none of them.
+
+Sums over voxels are divided by the sum of their weights, so that equal weights change nothing and the learning rate
+keeps its meaning. A batch without a labelled voxel has the loss zero, and no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.unet.patches import IGNORED
+
+
+class Loss(StrEnum):
+    """What is made small."""
+
+    CROSS_ENTROPY = "cross_entropy"  # of a softmax; the paper's
+    DICE = "dice"  # one minus the overlap of each class (doi:10.1109/3DV.2016.79)
+    DICE_CROSS_ENTROPY = "dice_cross_entropy"  # their sum
+    BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # of a sigmoid for each class but the first, which is none of them
+    FOCAL = "focal"  # cross-entropy with less of what is right already (doi:10.1109/ICCV.2017.324)
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it is a sum over voxels, which weights make sense for."""
+        return self is not Loss.DICE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """A loss with its settings.
+
+    Attributes
+    ----------
+    class_weights : float32 (classes,), the paper's w_c; None: all are one
+    focal_gamma : how much less easy voxels count
+    """
+
+    loss: Loss = Loss.CROSS_ENTROPY
+    class_weights: Tensor | None = None
+    focal_gamma: float = 2.0
+
+    def __call__(self, logits: Tensor, classes: Tensor, borders: Tensor | None = None) -> Tensor:
+        """Return the loss, a scalar.
+
+        Parameters
+        ----------
+        logits : (batch, channels, *core); classes : int64 (batch, *core), IGNORED where nobody knows
+        borders : (batch, *core), what is added to a voxel's weight
+        """
+        weights = voxel_weights(classes, class_weights=self.class_weights, borders=borders).to(logits.dtype)
+        match self.loss:
+            case Loss.CROSS_ENTROPY:
+                return cross_entropy(logits, classes, weights)
+            case Loss.DICE:
+                return dice(logits, classes)
+            case Loss.DICE_CROSS_ENTROPY:
+                return dice(logits, classes) + cross_entropy(logits, classes, weights)
+            case Loss.BINARY_CROSS_ENTROPY:
+                return binary_cross_entropy(logits, classes, weights)
+            case Loss.FOCAL:
+                return focal(logits, classes, weights, gamma=self.focal_gamma)
+
+
+def voxel_weights(classes: Tensor, *, class_weights: Tensor | None = None, borders: Tensor | None = None) -> Tensor:
+    """Return the weight of each voxel, ``w(x) = w_c(x) + border(x)``; zero where it is ignored.
+
+    Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28, equation 2.
+    """
+    counted = classes != IGNORED
+    weights = counted.float() if class_weights is None else class_weights.to(classes.device)[_known(classes)]
+    if borders is not None:
+        weights = weights + borders
+    return weights * counted
+
+
+def balanced(counts: Tensor) -> Tensor:
+    """Return the weights of classes with which each counts as much as another, one on average; counts: (classes,).
+
+    A class without a voxel has the weight one.
+    """
+    present = counts > 0
+    weights = counts.sum() / (present.sum() * counts.clamp_min(1))
+    return torch.where(present, weights, 1.0).float()
+
+
+def cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of -log(probability of the class), natural logarithm, over the weights."""
+    return _mean(functional.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="none"), weights)
+
+
+def focal(logits: Tensor, classes: Tensor, weights: Tensor, *, gamma: float) -> Tensor:
+    """Return the mean of -(1 - p)^gamma log(p), p being the probability of the class; gamma 0 is cross-entropy.
+
+    Lin et al. 2017, doi:10.1109/ICCV.2017.324, with a softmax for any number of classes.
+    """
+    minus_log = functional.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="none")
+    wrong = -torch.expm1(-minus_log)
+    # the gradient of a power is infinite at zero for gamma below one
+    return _mean(wrong.clamp_min(torch.finfo(logits.dtype).tiny) ** gamma * minus_log, weights)
+
+
+def binary_cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of the cross-entropies of all channels; channel c tells of class c + 1, and of class 0 none."""
+    truth = _one_hot(classes, logits.shape[1] + 1)[:, 1:].to(logits.dtype)
+    each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return _mean(each.mean(dim=1), weights)
+
+
+def dice(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return one minus the mean over classes of ``2 sum(p g) / (sum(p^2) + sum(g^2))``, over the whole batch.
+
+    Classes of which the batch has no voxel are left out: their overlap is zero, whatever is predicted.
+
+    Milletari et al. 2016, doi:10.1109/3DV.2016.79, equation 3, for several classes.
+    """
+    counted = (classes != IGNORED).unsqueeze(1)
+    truth = (_one_hot(classes, logits.shape[1]) & counted).to(logits.dtype)
+    likely = logits.softmax(dim=1) * counted
+    over = (0, *range(2, logits.ndim))
+    n_true = truth.sum(over)
+    overlap = 2 * (likely * truth).sum(over) / (likely.square().sum(over) + n_true).clamp_min(1e-7)
+    present = n_true > 0
+    return ((1 - overlap) * present).sum() / present.sum().clamp_min(1)
+
+
+def _known(classes: Tensor) -> Tensor:
+    """Return the classes with any one where they are ignored."""
+    return classes.clamp_min(0)
+
+
+def _one_hot(classes: Tensor, n: int) -> Tensor:
+    """Return whether each voxel is of each class, bool (batch, n, *core)."""
+    numbers = torch.arange(n, device=classes.device).reshape(1, n, *(1,) * (classes.ndim - 1))
+    return _known(classes).unsqueeze(1) == numbers
+
+
+def _mean(each: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean over the weights, zero where there are none."""
+    total = weights.sum()
+    return (each * weights).sum() / torch.where(total > 0, total, 1.0)
