@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import replace
+from threading import Event
 from time import monotonic
 from typing import Any
 
@@ -54,6 +55,7 @@ from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 
 _NAMED = 10
+_ALARMING_SHARE = 0.2
 
 
 @stage("survey")
@@ -68,18 +70,22 @@ def survey_stage(archive: Archive) -> Survey:
 
 
 @stage("open")
-def open_stage(scans: Sequence[Scan]) -> dict[str, str]:
-    """Open each scan, and return why those that cannot be read cannot, by path: they cost no run of their own."""
-    causes = {}
+def open_stage(scans: Sequence[Scan], *, limit: int | None) -> tuple[tuple[Scan, ...], dict[str, str]]:
+    """Open scans, up to so many that can be, and return these, and why others cannot, by path: bad ones cost no run."""
+    good, causes = list[Scan](), dict[str, str]()
     for scan in scans:
+        if limit is not None and len(good) == limit:
+            break
         try:
             if scan.path != scan.image:
                 open_scan(scan.path)
-        except PipelineError as error:
-            causes[scan.path] = str(error)
-            get_run_logger().warning("%s", error)
-            tell("haloseg.scan.failed", scan.path, {"cause": str(error)})
-    return causes
+            good.append(scan)
+        except Exception as error:  # noqa: BLE001 whatever a scan does, it stops no other
+            cause = str(error) if isinstance(error, PipelineError) else cause_of(error)
+            causes[scan.path] = cause
+            get_run_logger().warning("%s", cause)
+            tell("haloseg.scan.failed", scan.path, {"cause": cause})
+    return tuple(good), causes
 
 
 @flow(name="archive", flow_run_name="{name} of {archive}")
@@ -92,25 +98,32 @@ def segment_archive(
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""
     what = Archive(archive, model, pattern, name, images, truth, settle_s, tuple(priority))
     settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes}
+    deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
     try:
         check_paths(archive, model, images)
-        with logged():
-            found = survey_stage(what)
-            table, todo = Table(what, found), found.todo[:limit]
-            bad = open_stage(todo) if todo else {}
-            for scan in todo:
+        with logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:
+            todo, bad = open_stage(table.found.todo, limit=limit) if table.found.todo else ((), {})
+            for scan in table.found.todo:
                 if scan.path in bad:
                     table.put(Outcome(scan, "failed", bad[scan.path]))
-            todo = tuple(scan for scan in todo if scan.path not in bad)
-            deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
             if todo:
                 with _cluster(cluster, workers) as run:
                     _run(todo, what, table, settings=settings, at_once=scans_at_once, deadline_s=deadline_s, run=run)
-            table.write()
-            get_run_logger().info("%s", table.summary)
     except PipelineError as error:
         return failed(error)
     return _end(what, table)
+
+
+@contextmanager
+def _shown_at_the_end(table: Table) -> Iterator[Table]:
+    """Show the table when the block is left, however it is; what was at work then waits."""
+    try:
+        yield table
+    finally:
+        for outcome in [each for each in table.outcomes.values() if each.state == "running"]:
+            table.put(replace(outcome, state="waiting", cause="this run ended before it"))
+        table.write()
+        get_run_logger().info("%s", table.summary)
 
 
 @contextmanager
@@ -129,10 +142,13 @@ def _run(
     deadline_s: float, run: DaskRunner,
 ) -> None:
     """Work through the scans, some at once; what is left when time is over waits for another run."""
+    lost = Event()
 
     def lane(scan: Scan, rank: int) -> None:
         SHARED_RUNNER.set(replace(run, priority=-rank))  # so that scans end one after another, not all at once
-        if run.lost or run.given_up.is_set():
+        if run.is_lost():
+            lost.set()
+        if lost.is_set() or run.given_up.is_set():
             return
         if monotonic() > deadline_s:
             table.put(Outcome(scan, "waiting", "the hours of this run are over"))
@@ -147,7 +163,7 @@ def _run(
         except BaseException:  # cancelled, say
             run.give_up()
             raise
-    if run.lost:
+    if lost.is_set() or run.is_lost():
         raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
 
 
@@ -182,13 +198,14 @@ def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, 
 def _end(archive: Archive, table: Table) -> State[Any]:
     """Return the flow's final state, and tell automations of failures."""
     failed = [each for each in table.outcomes.values() if each.state == "failed"]
-    n_tried = len(failed) + sum(each.state == "published" for each in table.outcomes.values())
+    n_scans = max(1, len(table.outcomes))
     if not failed:
         return Completed(message=table.summary)
-    emit_event(
-        "haloseg.archive.failures",
-        resource={"prefect.resource.id": f"haloseg.archive.{archive.root}", "haloseg.flow-run": str(flow_run.get_id())},
-        payload={"failed": len(failed), "tried": n_tried, "share": len(failed) / n_tried,
-                 "scans": [each.scan.relative for each in failed[:_NAMED]]},
-    )  # fmt: skip
+    if len(failed) > _ALARMING_SHARE * n_scans:
+        resource = {"prefect.resource.id": f"haloseg.archive.{archive.root}"}
+        named = [each.scan.relative for each in failed[:_NAMED]]
+        emit_event(
+            "haloseg.archive.failures", resource=resource | {"haloseg.flow-run": str(flow_run.get_id())},
+            payload={"failed": len(failed), "scans": n_scans, "named": named},
+        )
     return Completed(name="Done with failures", message=table.summary)

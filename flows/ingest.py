@@ -10,8 +10,8 @@ from flows.parameters import ImagePath, Overwrite, ScanPath
 from flows.segment import ingest_stage
 from flows.stages import failed
 from flows.watching import logged
-from pipeline.errors import PipelineError, TakenError
-from pipeline.store.lease import lease
+from pipeline.errors import PipelineError
+from pipeline.store.lease import held
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 
@@ -21,9 +21,7 @@ def ingest_scan(scan: ScanPath, image: ImagePath, overwrite: Overwrite = False) 
     """Make the OME-Zarr image of a scan, with pyramid and statistics; returns its path."""
     try:
         check_paths(scan, image)
-        with logged(), lease(Location(image).absolute()) as taken:
-            if not taken:
-                raise TakenError(f"a scan is worked on by one run at a time, got {image}; wait for the other run")
+        with logged(), held(Location(image).absolute()):
             return ingest_stage(scan, image, overwrite=overwrite)
     except PipelineError as error:
         return cast("str", failed(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 
 from pipeline.console import n_bytes, quantity
@@ -77,4 +78,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def plain(text: str) -> str:
     """Return a text that neither breaks a table nor is taken for markup."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return re.sub(r"([|*_`\[\]\\])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")

@@ -15,7 +15,7 @@ from prefect.states import Cancelled
 from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
 from flows.reports import failure_markdown, plan_markdown, report_markdown
 from flows.stages import failed, stage
-from flows.watching import SHARED_RUNNER, logged, shown, slug, watched
+from flows.watching import SHARED_RUNNER, key_of, logged, shown, watched
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
@@ -27,7 +27,7 @@ from pipeline.report import picture
 from pipeline.segment import Segmented, segment
 from pipeline.store.image import open_image, read_image
 from pipeline.store.labels import open_labels
-from pipeline.store.lease import holder, lease
+from pipeline.store.lease import held
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.unet.device import pick_device
@@ -40,7 +40,7 @@ def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None = None,
     """Make the image; returns its path."""
     if scan == image and read_image(Location(image)) is not None:
         return image
-    with watched(key=slug(Location(image).name)) as watch:
+    with watched(key=key_of(image)) as watch:
         made = ingest(scan, image, shard=shard, overwrite=overwrite, watch=watch)
     get_run_logger().info("image %s: %s voxels", made.location, "x".join(map(str, made.spatial_shape)))
     return str(made.location)
@@ -53,7 +53,7 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
     scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
-    n_missing, key = len(plan.grid) - len(plan.done()), f"{slug(Location(image).name)}-{slug(name)}"
+    n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
     get_run_logger().info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
@@ -79,7 +79,7 @@ def _runner(shared: RunBlocks | None, *, n_missing: int, cluster: str, workers: 
 @stage("evaluate")
 def evaluate_stage(predicted: str, truth: str) -> Evaluated:
     """Compare the labels with the truth."""
-    with watched(key=f"{slug(predicted)}-truth") as watch:
+    with watched(key=key_of(predicted, "truth")) as watch:
         return evaluate(predicted, truth, watch=watch)
 
 
@@ -98,7 +98,7 @@ def report_stage(image: str, result: Segmented, *, figures: Evaluated | None, ca
     where = Location(image)
     png = picture(open_image(where), open_labels(result.labels.location))
     text = report_markdown(result, figures=figures, cause=cause, png=png)
-    key = f"{slug(where.name)}-{slug(result.labels.location.name)}-report"
+    key = key_of(image, result.labels.location.name, "report")
     shown(lambda: create_markdown_artifact(text, key=key, description=f"labels of {image}"))
 
 
@@ -110,10 +110,7 @@ def segment_scan(
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
         check_paths(scan, image, model, truth)
-        with logged(), lease(Location(image).absolute()) as taken:
-            if not taken:
-                by = holder(Location(image).absolute()) or "a run that has just ended"
-                raise TakenError(f"a scan is worked on by one run at a time, got {image}, at which is {by}; wait")
+        with logged(), held(Location(image).absolute()):
             path = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
@@ -133,7 +130,7 @@ def segment_scan(
 def _tell_of_failure(scan: str, image: str, name: str, error: PipelineError) -> None:
     """Leave a page with the cause and the blocks, and events for automations."""
     causes = error.causes if isinstance(error, QuarantineError) else {}
-    text, key = failure_markdown(str(error), causes=causes), f"{slug(Location(image).name)}-{slug(name)}-failure"
+    text, key = failure_markdown(str(error), causes=causes), key_of(image, name, "failure")
     shown(lambda: create_markdown_artifact(text, key=key, description=f"why {scan} failed"))
     for index, cause in causes.items():
         tell("haloseg.block.quarantined", scan, {"block": index, "cause": cause})

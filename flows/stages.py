@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from time import sleep
 from typing import Any, ParamSpec, TypeVar, cast
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
+from flows.watching import SHARED_RUNNER
 from pipeline.errors import ClusterError, PipelineError, StorageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-RETRY_AFTER_S: list[float] = [10, 60]
+RETRY_AFTER_S = (10.0, 60.0)
 
 
 def stage(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function a task; what may pass in a minute, storage or a cluster that does not answer, is tried again.
 
-    An error of ours becomes the task run's message, and is raised for whoever called the stage.
+    An error of ours becomes the task run's message, and is raised for whoever called the stage. The waiting is ours,
+    not Prefect's, so that a flow that is cancelled need not wait for its end.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def told(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return function(*args, **kwargs)
-            except PipelineError as error:
-                return cast("R", failed(error))
+            for delay_s in (*RETRY_AFTER_S, None):
+                try:
+                    return function(*args, **kwargs)
+                except (StorageError, ClusterError) as error:
+                    if delay_s is None or not _waited(delay_s, error):
+                        return cast("R", failed(error))
+                except PipelineError as error:
+                    return cast("R", failed(error))
+            raise AssertionError("the last attempt returns")
 
-        run = task(name=name, retries=len(RETRY_AFTER_S), retry_delay_seconds=RETRY_AFTER_S,
-                   retry_condition_fn=_may_pass)(told)  # fmt: skip
+        run = task(name=name)(told)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,5 +59,11 @@ def failed(error: PipelineError) -> State[Any]:
     return Failed(message=str(error), data=error)
 
 
-def _may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:  # noqa: ANN401 Prefect's own objects
-    return isinstance(state.result(raise_on_failure=False), StorageError | ClusterError)
+def _waited(delay_s: float, error: PipelineError) -> bool:
+    """Wait before the next attempt; returns False as soon as the flow is cancelled."""
+    get_run_logger().warning("%s; tried again in %g s", error, delay_s)
+    shared = SHARED_RUNNER.get()
+    if shared is None:
+        sleep(delay_s)
+        return True
+    return not shared.given_up.wait(delay_s)

@@ -21,6 +21,7 @@ from pipeline.console import quantity
 from pipeline.store.location import Location
 
 _SHOWN = 500
+_SECONDS_PER_ROW = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,18 @@ class Table:
     """The archive's table under a stable key, kept up to date while the flow runs."""
 
     def __init__(self, archive: Archive, found: Survey) -> None:
-        self._archive, self._begin_s = archive, monotonic()
+        self._archive, self._begin_s, self.found = archive, monotonic(), found
         self._lock, self._artifact = Lock(), cast("UUID | None", None)
         self._later: Timer | None = None
         self.outcomes = {scan.path: Outcome(scan, str(scan.state), scan.detail) for scan in found.scans}
 
     def put(self, outcome: Outcome) -> None:
-        """Take what became of a scan, and show it within two seconds."""
+        """Take what became of a scan, and show it within two seconds; of long tables, which are events too, later."""
         with self._lock:
             self.outcomes[outcome.scan.path] = outcome
             if self._later is None:
-                self._later = Timer(SECONDS_BETWEEN_UPDATES, copy_context().run, (self._write_later,))
+                pause_s = min(60.0, max(SECONDS_BETWEEN_UPDATES, _SECONDS_PER_ROW * len(self.outcomes)))
+                self._later = Timer(pause_s, copy_context().run, (self._write_later,))
                 self._later.daemon = True
                 self._later.start()
 
@@ -70,7 +72,7 @@ class Table:
     def _write(self) -> None:
         text, told = archive_markdown(self._rows(), summary=self.summary), f"{self._archive.root}: {self.summary}"
         if self._artifact is None:
-            key = f"archive-{slug(self._archive.root)}"
+            key = f"archive-{slug(self._archive.root)}-{slug(self._archive.name)}"
             made = shown(lambda: create_markdown_artifact(text, key=key, description=told))
             self._artifact = made if isinstance(made, UUID) else None
             return
@@ -89,14 +91,15 @@ class Table:
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         """Yield those first that need a look, then those of this run; of very many the first."""
-        rank = {"failed": 0, "running": 1, "published": 2}
-        ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 3), each.scan.relative))
+        rank = {"failed": 0, "blocked": 1, "running": 2, "published": 3}
+        ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 4), each.scan.relative))
         for each in ordered[:_SHOWN]:
             labels = Location(each.scan.image) / "labels" / self._archive.name
             beside = str(labels).removeprefix(f"{Location(self._archive.root).absolute()}/")
+            state = f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state
             yield (
-                each.scan.relative, f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state,
-                f"`{beside}`" if each.state in ("done", "published") else plain(each.cause),
+                plain(each.scan.relative), state,
+                plain(beside) if each.state in ("done", "published") else plain(each.cause),
                 f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
                 duration(each.seconds) if each.seconds else "",
                 quantity(each.voxels_per_s) if each.voxels_per_s else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import sys
@@ -13,7 +14,6 @@ from time import monotonic
 from typing import TypeVar, cast
 from uuid import UUID
 
-from httpx import HTTPError
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -22,6 +22,7 @@ from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import Watcher
 from pipeline.console import bars, quantity
 from pipeline.errors import GivenUpError
+from pipeline.store.location import Location
 
 SECONDS_BETWEEN_UPDATES = 2.0
 _SHOWN_STAGES = ("ingest", "segment", "evaluate")
@@ -40,11 +41,17 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-_LONGEST_KEY:].strip("-") or "scan"
 
 
+def key_of(image: str, *parts: str) -> str:
+    """Return the key of an artifact about an image: its name, a mark of its path, since names come twice, and parts."""
+    mark = hashlib.sha256(image.encode()).hexdigest()[:6]
+    return "-".join((slug(Location(image).name), mark, *map(slug, parts)))
+
+
 def shown(act: Callable[[], T]) -> T | None:
     """Return what an act that only shows something returns; a server that does not answer costs the picture alone."""
     try:
         return act()
-    except (HTTPError, OSError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 whatever it is, it is no reason to lose labels
         logging.getLogger("haloseg").debug("not shown in the UI: %s", error)
         return None
 

@@ -6,18 +6,16 @@ What has been done is told by the published labels alone; there is no list besid
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from posixpath import normpath
 from time import time
 
-from fsspec.utils import glob_translate
-
 from pipeline.config import Precision
-from pipeline.errors import ArgumentError, ScanError, StoreError
+from pipeline.errors import ArgumentError, PipelineError, ScanError
+from pipeline.listing import changed_s, pattern_of, walk
 from pipeline.plan import fingerprint
 from pipeline.scans.identity import stamps
 from pipeline.scans.registry import format_of
@@ -41,6 +39,7 @@ class State(StrEnum):
     UNFINISHED = "unfinished"  # an earlier run has begun; its work is kept
     GROWING = "growing"  # it was changed just now: whoever copies it may not be done
     TAKEN = "taken"  # another run is at it
+    BLOCKED = "blocked"  # somebody must act first; the detail says what
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Scan:
     relative : the same from the archive's root
     image : where its image is or will be
     truth : path of its truth, where there is one
-    detail : who is at it, or since when it has been as it is
+    detail : who is at it, since when it has been as it is, or what is to be done
     """
 
     path: str
@@ -134,29 +133,32 @@ def survey(archive: Archive) -> Survey:
 
 def judge(scan: Scan, archive: Archive) -> Scan:
     """Return a scan with its state as it is now, when its turn has come."""
-    changed_s = _changed_s(Location(scan.path))
-    return _judged(replace(scan, changed_s=changed_s or scan.changed_s), archive, load_model(archive.model))
+    return _judged(scan, archive, load_model(archive.model))
 
 
 def _listed(archive: Archive, root: Location) -> tuple[list[Scan], list[str]]:
     """Return the scans of an archive, and the names of what is none."""
-    matches = [re.compile(glob_translate(each.strip())) for each in archive.pattern.split(",")]
+    matches = [pattern_of(each.strip()) for each in archive.pattern.split(",")]
+    others = list[str]()
     entries = {
-        relative: entry for relative, entry in _walk(root, "", seen=set())
+        relative: entry for relative, entry in walk(root, "", seen=set(), others=others)
         if any(each.fullmatch(relative) for each in matches)
     }  # fmt: skip
     truths = {_truth_of(relative, archive.truth) for relative in entries} if archive.truth else set()
-    scans, others, images = [], [], []
+    scans, images = [], []
     for relative, entry in entries.items():
         path = root / relative.rstrip("/")
         if relative in truths or entry.name.endswith(_OURS):
             continue
-        if entry.name.endswith(".zarr") and read_image(path) is not None:
+        if not relative.isprintable():  # a name that no store and no page can be told
+            others.append(repr(relative))
+        elif entry.name.endswith(".zarr") and _is_image(path):
             images.append((relative, entry))
         elif _is_scan(path):
             scans.append(_scan(archive, root, relative, entry, image=_image_of(archive, root, relative)))
         else:
             others.append(relative)
+    scans = _told_apart(scans)
     made = {scan.image for scan in scans}
     scans += [
         _scan(archive, root, relative, entry, image=root / relative)
@@ -165,21 +167,28 @@ def _listed(archive: Archive, root: Location) -> tuple[list[Scan], list[str]]:
     return scans, others
 
 
-def _walk(folder: Location, relative: str, *, seen: set[str]) -> Iterator[tuple[str, Entry]]:
-    """Yield what lies below a folder by its relative path, folders with a slash; a Zarr is not looked into."""
-    real = str(Path(folder.url).resolve()) if folder.is_local else folder.url
-    if real in seen:
-        return
-    seen.add(real)
-    for entry in folder.entries():
-        if entry.name.startswith(".") or entry.name.endswith(".lease"):
-            continue
-        inside = f"{relative}{entry.name}"
-        if not entry.is_folder or entry.name.endswith(".zarr"):
-            yield inside, entry
-        else:
-            yield f"{inside}/", entry
-            yield from _walk(folder / entry.name, f"{inside}/", seen=seen)
+def _told_apart(scans: list[Scan]) -> list[Scan]:
+    """Return the scans with an image for each: of two that would have one, x.tif and x.png, each keeps its ending."""
+    by_image: dict[str, list[Scan]] = {}
+    for scan in scans:
+        by_image.setdefault(scan.image, []).append(scan)
+
+    def apart(scan: Scan) -> Scan:
+        image = Location(scan.image)
+        if len(by_image[scan.image]) == 1 or _is_of(scan, image):
+            return scan
+        return replace(scan, image=str(image.parent / f"{Location(scan.path).name}.zarr"))
+
+    return [apart(scan) for scan in scans]
+
+
+def _is_of(scan: Scan, location: Location) -> bool:
+    """Whether an image was made of a scan of this name."""
+    try:
+        image = read_image(location)
+    except PipelineError:
+        return False
+    return image is not None and image.scan.get("name") == stamps(scan.path)["name"]
 
 
 def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, image: Location) -> Scan:
@@ -187,43 +196,62 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
     if archive.truth:
         there = root / _truth_of(relative, archive.truth)
         truth = str(there) if there.exists() else None
-    changed_s = (_changed_s(path) or entry.changed_s) if entry.is_folder else entry.changed_s
-    return Scan(str(path), relative.rstrip("/"), str(image), truth, changed_s)
+    return Scan(str(path), relative.rstrip("/"), str(image), truth, entry.changed_s)
 
 
 def _judged(scan: Scan, archive: Archive, model: Model) -> Scan:
-    """Return a scan with what has become of it."""
+    """Return a scan with what has become of it; one that cannot be judged is blocked by its cause."""
+    try:
+        return _state_of(scan, archive, model)
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
+        told = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+        return replace(scan, state=State.BLOCKED, detail=told)
+
+
+def _state_of(scan: Scan, archive: Archive, model: Model) -> Scan:
     location = Location(scan.image)
     image = read_image(location)
-    if image is not None:
-        same = scan.path == scan.image or stamps(scan.path).items() <= image.scan.items()
-        labels = read_labels(location / "labels" / archive.name) if same and image.statistics else None
-        if (
-            labels is not None
-            and archive.name in published(location / "labels")
-            and labels.fingerprint == fingerprint(image, model, Precision.FLOAT32)
-        ):
+    if image is not None and scan.path != scan.image and not stamps(scan.path).items() <= image.scan.items():
+        detail = f"the scan was changed after its image was made; delete {location} to do it again"
+        return replace(scan, state=State.BLOCKED, detail=detail)
+    if image is not None and image.statistics:
+        labels = read_labels(location / "labels" / archive.name)
+        now = fingerprint(image, model, Precision.FLOAT32)
+        if labels is not None and labels.fingerprint != now:
+            detail = f"labels {archive.name} are of another model; choose another name or delete {labels.location}"
+            return replace(scan, state=State.BLOCKED, detail=detail)
+        if labels is not None and archive.name in published(location / "labels"):
             return replace(scan, state=State.DONE, n_voxels=prod(image.spatial_shape))
     if by := holder(location):
         return replace(scan, state=State.TAKEN, detail=by)
-    age_s = time() - scan.changed_s
-    if 0 <= age_s < archive.settle_s:
-        return replace(scan, state=State.GROWING, detail=f"changed {age_s:.0f} s ago")
+    age_s = time() - (changed_s(Location(scan.path)) or scan.changed_s)
+    if age_s < archive.settle_s:
+        return replace(scan, state=State.GROWING, detail=f"changed {max(0, age_s):.0f} s ago")
     return replace(scan, state=State.NEW if image is None else State.UNFINISHED)
 
 
 def _is_scan(path: Location) -> bool:
-    """Whether a file or folder is of a kind that can be read, though perhaps damaged."""
+    """Whether a file or folder is of a kind that can be read, though perhaps damaged; of a bucket Zarr alone."""
+    if not path.is_local:
+        return path.name.endswith(".zarr")
     try:
         format_of(str(path))
-    except ScanError:
+    except (ScanError, OSError):
         return False
     return True
 
 
+def _is_image(path: Location) -> bool:
+    """Whether this is an image of ours; one whose metadata are damaged, or not yet copied, is taken for a scan."""
+    try:
+        return read_image(path) is not None
+    except (OSError, PipelineError):
+        return False
+
+
 def _is_made(archive: Archive, path: Location) -> bool:
     """Whether an image lies where this archive's images go, and so was made of one of its scans."""
-    return bool(archive.images) and path.url.startswith(f"{Location(str(archive.images)).absolute()}/")
+    return archive.images is not None and path.url.startswith(f"{str(archive.images).rstrip('/')}/")
 
 
 def _image_of(archive: Archive, root: Location, relative: str) -> Location:
@@ -237,26 +265,18 @@ def _image_of(archive: Archive, root: Location, relative: str) -> Location:
 def _truth_of(relative: str, template: str) -> str:
     path = PurePosixPath(relative.rstrip("/"))
     try:
-        return str(path.parent / template.format(stem=path.stem, name=path.name))
-    except (KeyError, IndexError, ValueError) as error:
+        found = normpath(str(path.parent / template.format(stem=path.stem, name=path.name)))
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ArgumentError(
             f'truth must be a path with {{stem}} or {{name}}, got {template}; use such as "{{stem}}-truth.tif"'
         ) from error
-
-
-def _changed_s(path: Location) -> float | None:
-    """Return when a file, or the newest of those right in a folder, was last changed; in a Zarr folders count too."""
-    try:
-        if path.is_local and not Path(path.url).is_dir():
-            return Path(path.url).stat().st_mtime
-        inside = (each for each in path.entries() if not each.is_folder or path.name.endswith(".zarr"))
-        return max((entry.changed_s for entry in inside), default=None)
-    except (OSError, StoreError):
-        return None
+    if found == str(path) and template in ("{name}", "{stem}" + path.suffix):
+        raise ArgumentError(f'truth must not be the scan itself, got {template}; use such as "{{stem}}-truth.tif"')
+    return found
 
 
 def _rank(relative: str, priority: tuple[str, ...]) -> int:
     for rank, pattern in enumerate(priority):
-        if re.fullmatch(glob_translate(pattern), relative):
+        if pattern_of(pattern).fullmatch(relative):
             return rank
     return len(priority)

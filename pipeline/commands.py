@@ -34,14 +34,14 @@ def ingest(args: Namespace) -> Document:
     if args.labels_of:
         if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
             raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
-        with bars(shown=True) as watch, _ingest_runner(args) as run:
+        with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.labels_of):
             labels = resolve_name("pipeline.ingest:ingest_labels")(
                 args.scan, image=args.labels_of, name=args.name, run=run, watch=watch
             )
         return _described(str(labels.location))
     if not args.image or args.name:
         raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
-    with bars(shown=True) as watch, _ingest_runner(args) as run:
+    with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.image):
         image = resolve_name("pipeline.ingest:ingest")(
             args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
             overwrite=args.overwrite, run=run, watch=watch,
@@ -78,12 +78,13 @@ def segment(args: Namespace) -> Document:
     """Segment an image or a scan."""
     with bars(shown=True) as watch:
         scheme = _scheme_of(args)
-        image = resolve_name("pipeline.segment:as_image")(
-            args.image, model=args.model, name=args.name, scheme=scheme, watch=watch
-        )
-        what = _plan(args, image, name=args.name, scheme=scheme)
-        with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
-            result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
+        with _held(resolve_name("pipeline.segment:image_of")(args.image)):
+            image = resolve_name("pipeline.segment:as_image")(
+                args.image, model=args.model, name=args.name, scheme=scheme, watch=watch
+            )
+            what = _plan(args, image, name=args.name, scheme=scheme)
+            with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
+                result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
     return {
         "labels": str(result.labels.location), "shape": list(result.labels.spatial_shape),
         "classes": list(result.labels.classes), "voxels": result.n_voxels, "blocks": result.n_blocks,
@@ -114,6 +115,13 @@ def evaluate(args: Namespace) -> Document:
         result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
     document: Document = result.to_json()
     return document
+
+
+def _held(image: str) -> AbstractContextManager[None]:
+    """Hold an image's lease: no other run, of an archive, say, works on it at the same time."""
+    location = resolve_name("pipeline.store.location:Location")(image).absolute()
+    held: AbstractContextManager[None] = resolve_name("pipeline.store.lease:held")(location)
+    return held
 
 
 def _described(path: str) -> Document:

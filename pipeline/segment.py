@@ -184,10 +184,15 @@ def as_image(
     return str(ingest(path, str(beside), watch=watch).location)
 
 
+def image_of(path: str) -> str:
+    """Return where the image of a scan is or will be; an image is its own."""
+    return path if read_image(Location(path)) is not None else str(image_beside(path))
+
+
 def image_beside(path: str) -> Location:
     """Return where a scan's image goes: ``scan.zarr``, ``x.haloseg.zarr`` of a Zarr, or beside a glob's folder."""
     file = Location(path.partition("::")[0].rstrip("/"))
-    while glob.has_magic(file.name):
+    while glob.has_magic(file.name) and not file.exists():  # what exists is a name, brackets or not
         file = file.parent
     stem, dot, ending = file.name.rpartition(".")
     if ending == "zarr":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tifffile
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import model_file, scan_file
@@ -89,7 +90,19 @@ def test_a_scan_is_done_when_labels_of_it_by_this_model_are_published(home):
     assert states(archive_of(home, pattern="a.tif", name="other")) == {"a.tif": State.UNFINISHED}
     tifffile.imwrite(scan.path, tifffile.imread(scan.path) + 1)  # another scan under the same name
     aged(Path(scan.path), seconds=200)
-    assert states(archive) == {"a.tif": State.UNFINISHED}
+    (changed,) = survey(archive).scans
+    assert changed.state is State.BLOCKED
+    assert changed.detail == f"the scan was changed after its image was made; delete {scan.image} to do it again"
+
+
+def test_labels_of_another_model_are_left_and_told(home):
+    archive = archive_of(home, pattern="a.tif")
+    (scan,) = survey(archive).scans
+    segmented(scan.path, scan.image, archive)
+    model_file(home / "model.safetensors", seed=1)
+    (scan,) = survey(archive).scans
+    assert scan.state is State.BLOCKED
+    assert scan.detail.startswith("labels classes are of another model; choose another name or delete ")
 
 
 def test_what_lies_beside_scans_is_not_taken_for_one(home):
@@ -115,8 +128,59 @@ def test_a_scan_that_was_changed_just_now_waits_and_one_from_the_future_does_not
     aged(home / "scans" / "a.tif", seconds=5)
     aged(home / "scans" / "b.tif", seconds=-3600)
     now = states(archive_of(home, pattern="*.tif"))
-    assert (now["a.tif"], now["b.tif"]) == (State.GROWING, State.NEW)
+    assert (now["a.tif"], now["b.tif"]) == (State.GROWING, State.GROWING)  # its clock is ahead: it came just now
     assert states(archive_of(home, pattern="a.tif", settle_s=1)) == {"a.tif": State.NEW}
+    assert states(archive_of(home, pattern="b.tif", settle_s=0)) == {"b.tif": State.NEW}
+
+
+def test_a_zarr_that_is_being_copied_waits_however_deep_the_copier_is(home):
+    store = home / "scans" / "big.zarr"
+    zarr.create_array(store, shape=(8, 16, 16), chunks=(4, 16, 16), dtype="u1")[:] = 1
+    for each in (*store.rglob("*"), store):
+        aged(each, seconds=500)
+    archive = archive_of(home, pattern="*.zarr")
+    assert states(archive) == {"big.zarr": State.NEW}
+    aged(store / "c" / "1" / "0" / "0", seconds=3)
+    assert states(archive) == {"big.zarr": State.GROWING}
+
+
+def test_names_with_brackets_and_scans_of_one_stem_have_images_of_their_own(home):
+    for name in ("x[1].tif", "y[1].tif", "twin.tif", "twin.tiff"):
+        scan_file(home / "scans" / name, SHAPE)
+        aged(home / "scans" / name, seconds=100)
+    archive = archive_of(home, pattern="x*,y*,twin*")
+    images = {scan.relative: scan.image.removeprefix(f"{home}/scans/") for scan in survey(archive).scans}
+    assert images == {
+        "x[1].tif": "x[1].zarr", "y[1].tif": "y[1].zarr", "twin.tif": "twin.tif.zarr", "twin.tiff": "twin.tiff.zarr",
+    }  # fmt: skip
+    ingest(str(home / "scans" / "twin.tif"), str(home / "scans" / "twin.zarr"))
+    images = {scan.relative: scan.image.removeprefix(f"{home}/scans/") for scan in survey(archive).scans}
+    assert (images["twin.tif"], images["twin.tiff"]) == ("twin.zarr", "twin.tiff.zarr")
+
+
+def test_what_is_damaged_blocks_itself_alone(home):
+    (home / "scans" / "a.zarr").mkdir()
+    (home / "scans" / "a.zarr" / "zarr.json").write_text('{"zarr_fo')
+    (home / "scans" / "odd\nname.tif").write_bytes(b"II*\0")
+    found = {scan.relative: scan for scan in survey(archive_of(home, pattern="*.tif,*.zarr")).scans}
+    assert found["a.tif"].state is State.BLOCKED
+    assert "metadata must be JSON, got a damaged" in found["a.tif"].detail
+    assert found["b.tif"].state is State.NEW
+    assert survey(archive_of(home, pattern="*.tif")).others == ("'odd\\nname.tif'",)
+
+
+def test_truths_may_lie_in_a_folder_beside(home):
+    (home / "scans" / "raw").mkdir()
+    (home / "scans" / "truth").mkdir()
+    for folder in ("raw", "truth"):
+        scan_file(home / "scans" / folder / "z.tif", SHAPE)
+    (scan,) = survey(archive_of(home, pattern="*/z.tif", truth="../truth/{name}")).scans
+    assert (scan.relative, scan.truth) == ("raw/z.tif", str(home / "scans" / "truth" / "z.tif"))
+    for bad in ("{name}", "{stem.x}", "{stem[a]}"):
+        with pytest.raises(ArgumentError, match="truth must "):
+            survey(archive_of(home, truth=bad))
+    with pytest.raises(ArgumentError, match=r"a pattern must be a glob such as \*\*/\*\.tif, got '\*\*\.tif'"):
+        survey(archive_of(home, pattern="**.tif"))
 
 
 def test_a_scan_that_another_run_is_at_is_left_to_it(home):
@@ -154,11 +218,12 @@ def test_paths_lie_in_the_roots_whatever_links_and_dots_say(tmp_path, monkeypatc
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
     check_paths(f"{tmp_path}/in/scan.tif", f"{tmp_path}/in/x.h5::data", "s3://bucket/archive/a.zarr", None)
     bad = (
-        f"{tmp_path}/in/link/scan.tif", f"{tmp_path}/in/../out/x.tif", f"{tmp_path}/inner", "s3://bucket/archive2",
+        f"file:{tmp_path}/in/x.tif", "~/x.tif", f"simplecache::file://{tmp_path}/in/x", f"{tmp_path}/in/link/scan.tif",
+        f"{tmp_path}/in/../out/x.tif", f"{tmp_path}/inner", "s3://bucket/archive2",
         "s3://bucket/archive/../x", "/etc/passwd", "relative.tif",
     )  # fmt: skip
     for path in bad:
-        with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
+        with pytest.raises(ArgumentError, match=r"a path must (lie in HALOSEG_ROOTS|be plain)"):
             check_paths(path)
 
 
@@ -168,3 +233,5 @@ def test_a_path_with_credentials_is_refused_and_not_repeated(secret):
     with pytest.raises(ArgumentError, match="a path must hold no credentials") as caught:
         check_paths(f"s3://{secret}@bucket/scan.zarr")
     assert secret not in str(caught.value)
+    with pytest.raises(ArgumentError, match="a path must hold no credentials"):
+        check_paths(f"https://host/scan.zarr?X-Amz-Signature={secret}")

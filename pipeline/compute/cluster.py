@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from threading import Event
+from time import monotonic, sleep
 from uuid import uuid4
 
 import dask
@@ -80,9 +81,11 @@ class DaskRunner:
         """End all runs on this cluster soon, from any thread: each raises GivenUpError, and its blocks stop."""
         self.given_up.set()
 
-    @property
-    def lost(self) -> bool:
-        """Whether the scheduler is gone."""
+    def is_lost(self) -> bool:
+        """Return whether the scheduler is gone; one that the client is just connecting to again gets some seconds."""
+        until_s = monotonic() + CONNECT_TIMEOUT_S
+        while self.client.status == "connecting" and monotonic() < until_s:
+            sleep(0.2)
         return bool(self.client.status != "running")
 
     @contextmanager
@@ -91,7 +94,8 @@ class DaskRunner:
         plugin = ResidentWork(work, stuck_after_s=self.stuck_after_s)
         try:
             for orphan in on_scheduler(self.client, orphans) or ():
-                self.client.unregister_worker_plugin(orphan)
+                with suppress(Exception):  # another run may sweep at the same moment
+                    self.client.unregister_worker_plugin(orphan)
             self.client.register_plugin(plugin, name=name)
         except Exception as error:
             raise ClusterError(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread, local
-from time import monotonic
+from time import monotonic, sleep
 
 log = logging.getLogger("haloseg")
 
@@ -35,7 +35,7 @@ class Pulse:
     """
 
     def __init__(self, *, stuck_after_s: float = STUCK_AFTER_S) -> None:
-        self._stuck_after_s, self._stop, self._over = stuck_after_s, Event(), Event()
+        self._stuck_after_s, self._stop = stuck_after_s, Event()
         self._last_s: float | None = None
         self._index = -1
         Thread(target=self._watch, name="haloseg-pulse", daemon=True).start()
@@ -57,12 +57,13 @@ class Pulse:
             raise StoppedError
 
     def stop(self) -> None:
-        """Have the block that runs now end at its next beat, and stop watching."""
+        """Have the block that runs now end at its next beat, and watch it until then."""
         self._stop.set()
-        self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(5.0, self._stuck_after_s / 4)):
+        pause_s = min(5.0, self._stuck_after_s / 4)
+        while not self._stop.is_set() or self._last_s is not None:
+            sleep(pause_s)
             last_s = self._last_s
             if last_s is not None and monotonic() - last_s > self._stuck_after_s:
                 log.error("block %d is stuck for %g s: this worker ends itself", self._index, self._stuck_after_s)

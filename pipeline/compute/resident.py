@@ -68,7 +68,7 @@ class ResidentWork(WorkerPlugin):
             outcome = self._run(index)
         if isinstance(outcome, BlockRecord):
             count(outcome, work=self._kind)
-        else:
+        elif not self._over:
             count_failure(work=self._kind)
         return outcome
 

@@ -14,14 +14,14 @@ import os
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from time import sleep, time
 from typing import Any
 from uuid import uuid4
 
-from pipeline.errors import PipelineError, StoreError
-from pipeline.store.location import Location, storage_errors
+from pipeline.errors import PipelineError, StoreError, TakenError
+from pipeline.store.location import Entry, Location, storage_errors
 
 log = logging.getLogger("haloseg")
 
@@ -55,6 +55,21 @@ def lease(image: Location, *, lasts_s: float = LEASE_S) -> Iterator[bool]:
             _withdraw(image, own)
 
 
+@contextmanager
+def held(image: Location) -> Iterator[None]:
+    """Hold the lease of an image while the block runs.
+
+    Raises
+    ------
+    TakenError : another run has it.
+    """
+    with lease(image) as taken:
+        if not taken:
+            by = holder(image) or "a run that has just ended"
+            raise TakenError(f"a scan is worked on by one run at a time, got {image}, at which is {by}; wait for it")
+        yield
+
+
 def holder(image: Location) -> str | None:
     """Return who works on an image, "host, process 12"; None where nobody does."""
     return next(iter(_others(image, own=None)), None)
@@ -76,19 +91,33 @@ def _take(image: Location, own: Location, lasts_s: float) -> bool:
 def _others(image: Location, *, own: Location | None) -> list[str]:
     """Return who else holds a lease that has not lapsed; lapsed ones are removed."""
     folder, found = _folder(image), []
-    for entry in folder.entries() if folder.exists() else ():
+    for entry in _entries(folder):
         file = folder / entry.name
         if file == own:
             continue
         try:
             about = file.read_json()
+        except FileNotFoundError:  # withdrawn just now
+            continue
         except StoreError:  # being written just now, or left half-written by a kill
             about = {"lapses": entry.changed_s + LEASE_S}
         if about.get("lapses", 0.0) > time() and not _is_dead(about):
             found.append(f"{about['holder']}, process {about['process']}" if "holder" in about else "unknown")
         elif about:
-            file.delete()
+            _delete(file)
     return found
+
+
+def _entries(folder: Location) -> list[Entry]:
+    try:
+        return folder.entries() if folder.exists() else []
+    except FileNotFoundError:  # the last holder has just removed it
+        return []
+
+
+def _delete(file: Location) -> None:
+    with suppress(FileNotFoundError):
+        file.delete()
 
 
 def _write(own: Location, lasts_s: float) -> None:
@@ -129,7 +158,7 @@ def _renew(own: Location, lasts_s: float, over: Event) -> None:
 
 
 def _withdraw(image: Location, own: Location) -> None:
-    own.delete()
+    _delete(own)
     folder = _folder(image)
     if next(folder.files(), None) is None:
         folder.delete_empty()

@@ -15,7 +15,9 @@ from pipeline.errors import ArgumentError
 from pipeline.store.location import Location
 
 VARIABLE = "HALOSEG_ROOTS"
-_CREDENTIALS = re.compile(r"\w+://[^/]*@")
+_CREDENTIALS = re.compile(r"[\w+.-]+://[^/]*@|[?&][^=&]*(signature|token|secret|password|key)[^=&]*=", re.IGNORECASE)
+# what fsspec takes for a path though it is none: its names of the local file system, a home folder, chains of stores
+_DISGUISED = re.compile(r"(file|local):|~|[\w+.-]+::|.*::[\w+.-]+://", re.IGNORECASE)
 
 
 def check_paths(*paths: str | None) -> None:
@@ -29,11 +31,12 @@ def check_paths(*paths: str | None) -> None:
     for path in paths:
         if not path:
             continue
-        if _CREDENTIALS.match(path):
+        if _CREDENTIALS.search(path):
             raise ArgumentError(
-                f"a path must hold no credentials, got some in one of {path.partition('://')[0]}://...; "
-                "give them to the workers' environment"
+                "a path must hold no credentials, got some in a URL; give them to the workers' environment"
             )
+        if roots and _DISGUISED.match(path):
+            raise ArgumentError(f"a path must be plain where {VARIABLE} is set, got {path}; use /folder/file or a URL")
         if roots and not any(_inside(path, root) for root in roots):
             raise ArgumentError(f"a path must lie in {VARIABLE} ({', '.join(roots)}), got {path}; move it there")
 

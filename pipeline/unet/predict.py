@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,12 @@ class Predictor:
     tile_shape : what enters the network, voxels along its axes; see ``choose_tile``
     device : "cpu" or "cuda"
     n_slices : slices that enter at once where a 2-D network runs over a volume
+    on_tile : called before each tile
     """
 
     def __init__(
         self, network: UNet | Engine, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
-        tile_shape: tuple[int, ...], device: str, n_slices: int = 1,
+        tile_shape: tuple[int, ...], device: str, n_slices: int = 1, on_tile: Callable[[], None] = lambda: None,
     ) -> None:
         settings = network.settings
         if len(windows) != settings.in_channels or not rule.ndim == len(tile_shape) == settings.dims:
@@ -54,6 +56,7 @@ class Predictor:
                 f"n_slices={n_slices}; call eval()"
             )
         self.network, self.rule, self.windows, self.device = network, rule, windows, torch.device(device)
+        self._on_tile = on_tile
         self.core_shape, self.n_slices = rule.core_shape(tile_shape), n_slices
 
     def segment(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -108,6 +111,7 @@ class Predictor:
         try:
             with torch.inference_mode(), exactly():
                 for core in rule.cores(classes.shape, largest):
+                    self._on_tile()
                     logits = self._tile(raw, core, rule)
                     best = classes_of(logits, self.network.settings.head)
                     classes[core.slices] = _to_scan(best[:, None], core)[0]

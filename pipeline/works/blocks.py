@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.pulse import beat
 from pipeline.compute.runner import BlockRecord
 from pipeline.config import EngineName, Precision
 from pipeline.errors import RunError
@@ -108,7 +109,7 @@ class SegmentBlocks:
         opened.predictor = Predictor(
             make_engine(network, device=out.device, precision=out.precision) if fused else network, opened.model.rule,
             windows=opened.windows, device=out.device, tile_shape=self.tile_shape[-dims:],
-            n_slices=prod(self.tile_shape[:-dims]),
+            n_slices=prod(self.tile_shape[:-dims]), on_tile=beat,
         )  # fmt: skip
         return opened
 

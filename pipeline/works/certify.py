@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.pulse import beat
 from pipeline.compute.runner import BlockRecord
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
@@ -64,7 +65,7 @@ class CertifyBoxes:
         opened = self.segmenting.setup()
         reference = Predictor(
             build(opened.model, self.segmenting.outputs.device), opened.model.rule, windows=opened.windows,
-            tile_shape=self.tile_shape, device=self.segmenting.outputs.device,
+            tile_shape=self.tile_shape, device=self.segmenting.outputs.device, on_tile=beat,
         )  # fmt: skip
         return opened, reference
 
@@ -97,6 +98,7 @@ class CertifyBoxes:
             slabs = (read_mirrored(opened.image, box) for box in boxes)
             likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
             for rows in predictor.run(core, stream, slabs, probabilities=True):
+                beat()
                 likely[(slice(None), *rows.box.inside(core))] = rows.probabilities
             return likely
         tile = core.round_up(self.rule.stride).grow(self.rule.halo)

@@ -10,6 +10,7 @@ from volumes import model_file, scan_file
 
 from flows.ingest import ingest_scan
 from flows.segment import segment_scan
+from flows.watching import key_of
 from pipeline.errors import ArgumentError, ScanError, TakenError
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
@@ -22,12 +23,16 @@ def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server,
     result, figures = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert (result.n_voxels, result.n_run) == (voxels.size, result.n_blocks)
     assert figures is None
-    progress, report = Artifact.get(key="scan-zarr-cells-segment"), Artifact.get(key="scan-zarr-cells-report")
+
+    def about(stem, *parts):
+        return Artifact.get(key=key_of(str(tmp_path / f"{stem}.zarr"), *parts))
+
+    progress, report = about("scan", "cells", "segment"), about("scan", "cells", "report")
     assert progress.data == 100.0
     assert re.fullmatch(r"segment: (\d+) of \1 blocks, \S+ voxels/s, took \d+ s", progress.description)
     again, _ = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert again.n_run == 0
-    assert f"| blocks | {again.n_blocks}, of which 0 are to be done |" in Artifact.get(key="scan-zarr-cells-plan").data
+    assert f"| blocks | {again.n_blocks}, of which 0 are to be done |" in about("scan", "cells", "plan").data
     assert "| voxels | 40,000 |" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
     assert imagecodecs.png_decode(png).shape == (40 * 10, (2 * 50 + 8) * 10, 3)
@@ -41,7 +46,7 @@ def test_what_is_wrong_is_the_state_of_the_run_in_one_line(server, tmp_path, cap
     assert isinstance(state.result(raise_on_failure=False), ScanError)
     assert state.message.startswith("a scan must be whole and decodable, got ")
     assert "Traceback" not in caplog.text
-    assert "a scan must be whole" in Artifact.get(key="bad-zarr-classes-failure").data
+    assert "a scan must be whole" in Artifact.get(key=key_of(str(tmp_path / "bad.zarr"), "classes", "failure")).data
 
 
 def test_a_truth_that_cannot_be_compared_with_is_told_and_fails_nothing(server, tmp_path):
@@ -54,7 +59,7 @@ def test_a_truth_that_cannot_be_compared_with_is_told_and_fails_nothing(server, 
     )  # fmt: skip
     assert state.is_completed()
     assert "| not evaluated | predicted labels and truth must have one shape" in Artifact.get(
-        key="other-zarr-classes-report"
+        key=key_of(str(tmp_path / "other.zarr"), "classes", "report")
     ).data
 
 

@@ -1,0 +1,67 @@
+"""Listing: what lies below a folder or prefix, and when it was last changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from time import time
+
+from fsspec.utils import glob_translate
+
+from pipeline.errors import ArgumentError, PipelineError
+from pipeline.store.location import Entry, Location
+
+
+def pattern_of(glob: str) -> re.Pattern[str]:
+    """Return what the relative paths that a glob means match."""
+    try:
+        return re.compile(glob_translate(glob))
+    except (ValueError, re.error) as error:
+        raise ArgumentError(f"a pattern must be a glob such as **/*.tif, got {glob!r}: {error}") from error
+
+
+def walk(folder: Location, relative: str, *, seen: set[str], others: list[str]) -> Iterator[tuple[str, Entry]]:
+    """Yield what lies below a folder by its relative path, folders with a slash; a Zarr is not looked into."""
+    real = str(Path(folder.url).resolve()) if folder.is_local else folder.url
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = folder.entries()
+    except (OSError, PipelineError) as error:
+        others.append(f"{relative or folder.url} ({type(error).__name__})")
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.endswith(".lease"):
+            continue
+        inside = f"{relative}{entry.name}"
+        if not entry.is_folder or entry.name.endswith(".zarr"):
+            yield inside, entry
+        else:
+            yield f"{inside}/", entry
+            yield from walk(folder / entry.name, f"{inside}/", seen=seen, others=others)
+
+
+def changed_s(path: Location) -> float | None:
+    """Return when a file, or the newest of those in a folder, was last changed; of a Zarr all of what is below counts.
+
+    A time to come, of an instrument whose clock is ahead, counts as the time at which the file came here.
+    """
+    if not path.is_local:
+        try:
+            return max((entry.changed_s for entry in path.entries()), default=None)
+        except (OSError, PipelineError):
+            return None
+    file, now, newest = Path(path.url), time(), None
+    deep = path.name.endswith(".zarr")
+    inside = file.rglob("*") if deep else file.iterdir()
+    for each in inside if file.is_dir() else [file]:
+        try:
+            about = each.stat()
+        except OSError:
+            continue
+        if deep or each.is_file():
+            changed = about.st_mtime if about.st_mtime <= now else about.st_ctime
+            newest = changed if newest is None else max(newest, changed)
+    return newest
