@@ -76,6 +76,9 @@ def main() -> int:
     args = _arguments()
     home = Path(args.home).resolve()
     archive = Path(args.archive).resolve() if args.archive else home / "archive"
+    if not Path(args.model).is_file():
+        sys.stderr.write(f"haloseg: a model must be a file, got {args.model}; give --model FILE.safetensors\n")
+        return 2
     for folder in (home / "prefect", home / "logs", archive):
         folder.mkdir(parents=True, exist_ok=True)
     for port, what in ((args.port, "--port"), (args.dask_port, "--dask-port"), (args.dask_port + 1, "--dask-port")):

@@ -14,6 +14,7 @@ _BLOCKS = Counter("haloseg_blocks", "Blocks written", ["work"])
 _FAILED = Counter("haloseg_blocks_failed", "Attempts at blocks that failed", ["work"])
 _VOXELS = Counter("haloseg_voxels", "Voxels written", ["work"])
 _SECONDS = Counter("haloseg_seconds", "Seconds of each stage; some overlap", ["work", "stage"])
+_BEATS = Counter("haloseg_beats", "Signs of life: slabs and tiles begun")
 _PEAK_RSS = Gauge("haloseg_peak_rss_bytes", "Most memory that the process has had")
 _DEVICE = Gauge("haloseg_device_bytes", "Most memory of its device that the process has had")
 
@@ -27,6 +28,11 @@ def count(record: BlockRecord, *, work: str) -> None:
     if record.peak_rss_bytes:
         _PEAK_RSS.set(record.peak_rss_bytes)
         _DEVICE.set(record.device_bytes)
+
+
+def count_beat() -> None:
+    """Add a sign of life of a block that is at work."""
+    _BEATS.inc()
 
 
 def count_failure(*, work: str) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from threading import Event, Thread, local
 from time import monotonic, sleep
 
+from pipeline.compute.metrics import count_beat
+
 log = logging.getLogger("haloseg")
 
 STUCK_AFTER_S = 1800.0
@@ -53,6 +55,7 @@ class Pulse:
     def beat(self) -> None:
         """Say that the work goes on; raises StoppedError if it is not to."""
         self._last_s = monotonic()
+        count_beat()
         if self._stop.is_set():
             raise StoppedError
 

@@ -210,6 +210,7 @@ def test_workers_count_what_they_do(run, tmp_path):
     assert failed >= 2
     assert voxels >= 0 + 1 + 4 + 9 + 16
     assert re.search(r'haloseg_seconds_total{stage="compute",work="Scripted"}', counted)
+    assert "haloseg_beats_total" in counted
 
 
 def test_an_error_in_the_caller_cancels_the_run_and_the_workers_go_on_to_the_next(run, tmp_path):

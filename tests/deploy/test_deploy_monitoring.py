@@ -11,8 +11,8 @@ import pytest
 from deploy_files import DEPLOY, load, load_json, tool
 
 OURS = {
-    "haloseg_blocks_total", "haloseg_blocks_failed_total", "haloseg_voxels_total", "haloseg_seconds_total",
-    "haloseg_peak_rss_bytes", "haloseg_device_bytes",
+    "haloseg_beats_total", "haloseg_blocks_total", "haloseg_blocks_failed_total", "haloseg_voxels_total",
+    "haloseg_seconds_total", "haloseg_peak_rss_bytes", "haloseg_device_bytes",
 }  # fmt: skip
 OF_EVERY_TARGET = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}
 ALERTS = {rule["alert"]: rule for group in load("prometheus/alerts.yml")["groups"] for rule in group["rules"]}
