@@ -1,43 +1,116 @@
-"""The flow that trains a model on images and their labels."""
+"""The flow that trains a model on images and their labels, and shows how it goes while it learns."""
 
 from __future__ import annotations
 
+import json
+import math
+from time import monotonic
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from flows.parameters import ImagePaths, LabelName, Minutes, ModelPath, RecipePath
 from flows.stages import failed, stage
-from flows.watching import logged, slug
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, shown, slug
 from pipeline.errors import PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.train import train
+from pipeline.unet.course import Validation, best_of
 from pipeline.unet.device import pick_device
-from pipeline.unet.fit import Validation
 from pipeline.unet.recipe import Recipe, load_recipe
+
+
+class Course:
+    """Shows a training in the Prefect UI: how far it is, and all its validations as a table, one artifact each."""
+
+    def __init__(self, model: str, *, n_steps: int, minutes: float) -> None:
+        self._model, self._n_steps, self._minutes = model, n_steps, minutes
+        self._key, self._curve = slug(Location(model).name), list[Validation]()
+        self._begin_s, self._written_s = monotonic(), -math.inf
+        self._progress, self._table = cast("UUID | None", None), cast("UUID | None", None)
+
+    def put(self, now: Validation) -> None:
+        """Take a validation, and show it unless the last one was shown right before."""
+        self._curve.append(now)
+        if monotonic() - self._written_s > SECONDS_BETWEEN_UPDATES:
+            self.write(percent=self._percent())
+
+    def write(self, *, percent: float) -> None:
+        """Show the course as it is now."""
+        self._written_s = monotonic()
+        if self._curve:
+            self._write_progress(percent)
+            self._write_table()
+
+    def _write_progress(self, percent: float) -> None:
+        told = self.summary
+        if (artifact := self._progress) is not None:
+            shown(lambda: update_progress_artifact(artifact, percent, description=told))
+            return
+        made = shown(lambda: create_progress_artifact(percent, key=f"{self._key}-train", description=told))
+        self._progress = made if isinstance(made, UUID) else None
+
+    def _write_table(self) -> None:
+        rows, told = self._rows(), f"how {self._model} is learnt: {self.summary}"
+        if (artifact := self._table) is not None:
+            shown(lambda: _update(artifact, ArtifactUpdate(data=json.dumps(rows), description=told)))
+            return
+        made = shown(lambda: create_table_artifact(rows, key=f"{self._key}-curve", description=told))
+        self._table = made if isinstance(made, UUID) else None
+
+    @property
+    def summary(self) -> str:
+        """How far it is, and the best so far."""
+        last, best = self._curve[-1], best_of(self._curve)
+        took = duration(monotonic() - self._begin_s)
+        return (
+            f"step {last.step:,} of {self._n_steps:,}, {took} of {duration(60 * self._minutes)}; best so far at step "
+            f"{best.step:,}: loss held out {best.loss:.4f}, Dice {_dice(best)}"
+        )
+
+    def _percent(self) -> float:
+        """Return how far it is by steps or by time, whichever ends first."""
+        by_time = (monotonic() - self._begin_s) / (60 * self._minutes)
+        return 100 * min(1.0, max(self._curve[-1].step / self._n_steps, by_time))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        best = best_of(self._curve)
+        return [
+            {"step": each.step, "loss": round(each.train_loss, 4), "loss held out": round(each.loss, 4),
+             "Dice held out": _dice(each), "best so far": "yes" if each is best else ""}
+            for each in self._curve
+        ]  # fmt: skip
+
+
+def _update(artifact: UUID, new: ArtifactUpdate) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_artifact(artifact, new)
+
+
+def _dice(each: Validation) -> str:
+    return ", ".join("-" if d is None else f"{d:.3f}" for d in each.dice)
 
 
 @stage("train")
 def train_stage(images: list[str], labels: str, model: str, minutes: float, recipe: str | None) -> dict[str, Any]:
-    """Train, and leave the validations as a table."""
-    log, curve = get_run_logger(), list[Validation]()
+    """Train, and show the validations while they come; a run that was killed goes on, see ``train``."""
+    log, settings = get_run_logger(), load_recipe(recipe) if recipe else Recipe()
+    course = Course(model, n_steps=settings.steps, minutes=minutes)
 
     def on_progress(now: Validation) -> None:
-        curve.append(now)
         log.info("step %d: loss %.4f, held out %.4f", now.step, now.train_loss, now.loss)
+        course.put(now)
 
     result = train(
-        images, labels=labels, model=model, recipe=load_recipe(recipe) if recipe else Recipe(), minutes=minutes,
-        device=pick_device("auto"), on_progress=on_progress,
+        images, labels=labels, model=model, recipe=settings, minutes=minutes, device=pick_device("auto"),
+        on_progress=on_progress,
     )
-    rows = [
-        {"step": each.step, "loss": round(each.train_loss, 4), "loss held out": round(each.loss, 4),
-         "Dice held out": ", ".join("-" if d is None else f"{d:.3f}" for d in each.dice)}
-        for each in curve
-    ]  # fmt: skip
-    create_table_artifact(rows, key=f"{slug(Location(model).name)}-curve", description=f"how {model} was learnt")
+    course.write(percent=100)
     return result.to_json()
 
 

@@ -16,7 +16,7 @@ from pipeline.geometry.mirror import Sliceable
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
 from pipeline.unet.borders import Borders, Separated, in_memory
-from pipeline.unet.fit import training_rule
+from pipeline.unet.learner import training_rule
 from pipeline.unet.patches import Patches, Source, orientations
 from pipeline.unet.recipe import Recipe, choose_dims
 from pipeline.unet.settings import LARGEST_CLASS, UNetSettings
@@ -68,8 +68,9 @@ def open_lesson(images: Sequence[str], *, labels: str, recipe: Recipe) -> Lesson
     regions = [_split(image.spatial_shape, recipe.validation_fraction) for image in opened]
     learn = _patches(opened, truths, settings=settings, recipe=recipe, values=values, regions=regions)
     check = replace(
-        learn, sources=tuple(replace(s, region=box) for s, (_, box) in zip(learn.sources, regions, strict=True))
-    )
+        learn, sources=tuple(replace(s, region=box) for s, (_, box) in zip(learn.sources, regions, strict=True)),
+        foreground=None,
+    )  # fmt: skip
     held_out = tuple(box for _, box in regions)
     return Lesson(
         tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, held_out
@@ -139,7 +140,7 @@ def _patches(
         -1 if recipe.instances and recipe.ignore is not None else recipe.ignore,
     )
     recipe.augmentation.check(patches.tile, spacing=patches.spacing)
-    return patches
+    return patches.with_foreground(recipe.foreground_share) if recipe.foreground_share else patches
 
 
 def _spacing(image: Image, *, dims: int) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ArgumentError
 from pipeline.lesson import open_lesson
 from pipeline.store.labels import LABEL_COLOURS
+from pipeline.unet.batches import batches
 from pipeline.unet.patches import IGNORED
 from pipeline.unet.recipe import Recipe
 from pipeline.unet.warp import batch_of
@@ -49,7 +51,9 @@ def preview(images: Sequence[str], *, labels: str, recipe: Recipe, seed: int, pa
     InputError : images, labels and recipe do not fit, or the picture cannot be written there.
     """
     lesson = open_lesson(images, labels=labels, recipe=recipe)
-    batch = batch_of(lesson.learn.batch(N_PATCHES, np.random.default_rng(seed)), device="cpu")
+    n = recipe.batch_size(lesson.settings.dims)
+    steps = batches(lesson.learn, n, seed=seed, first=1, last=ceil(N_PATCHES / n))
+    batch = batch_of([patch for _, drawn in steps for patch in drawn][:N_PATCHES], device="cpu")
     columns = []
     for x, y in zip(batch.images.numpy(), batch.classes.numpy(), strict=True):
         grey = _grey(_middle(x[0]))

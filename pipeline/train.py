@@ -13,8 +13,10 @@ from typing import Any
 
 from pipeline.lesson import Lesson, open_lesson
 from pipeline.preview import preview
+from pipeline.unet.checkpoint import CheckpointFile
+from pipeline.unet.course import Validation
 from pipeline.unet.device import pick_device
-from pipeline.unet.fit import Fitted, Validation, fit
+from pipeline.unet.fit import Fitted, fit
 from pipeline.unet.model import Model, save_model
 from pipeline.unet.recipe import Recipe, load_recipe
 from pipeline.unet.settings import closed_form_rule
@@ -24,19 +26,26 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a training has made; the model's own record holds the rest."""
+    """What a training has made; the model's own record holds the rest.
+
+    Attributes
+    ----------
+    n_before : steps of ``n_steps`` that a run before this one had taken
+    """
 
     model: Model
     path: str
     best: Validation
     n_steps: int
+    n_before: int
     wall_s: float
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object."""
         per_class = zip(self.model.classes, self.model.class_values, self.best.dice, strict=True)
         return {
-            "model": self.path, "sha256": self.model.digest, "steps": self.n_steps, "wall_s": self.wall_s,
+            "model": self.path, "sha256": self.model.digest, "steps": self.n_steps,
+            "steps_before": self.n_before, "wall_s": self.wall_s,
             "best_step": self.best.step, "validation_loss": self.best.loss,
             "parameters": sum(t.numel() for name, t in self.model.weights.items() if not name.endswith(_STATISTICS)),
             "classes": [{"class": name, "value": value, "validation_dice": dice} for name, value, dice in per_class],
@@ -50,34 +59,39 @@ def train(
     """Write a model that has learnt the label volume ``labels`` of every image.
 
     The last part of every image along its first axis (the last slices of a volume, the bottom of a slide) is held out;
-    the weights of lowest loss there are kept.
+    the weights of lowest loss there are kept. A run that was killed goes on, with the same arguments, from its last
+    validation, as FILE.checkpoint beside the model file says; the model is the one that it would have made undisturbed,
+    bit by bit, unless ``minutes`` are given.
 
     Parameters
     ----------
     images : paths or URLs of complete images
     model : path of the model file, written at once at the end
-    minutes : stop after so long, if the recipe's steps take longer
+    minutes : stop after so long, all runs together, if the recipe's steps take longer
     device : "cpu" or "cuda"
 
     Raises
     ------
-    InputError : images, labels and recipe do not fit; nothing was written.
-    RunError : the training failed; nothing was written.
+    InputError : images, labels and recipe do not fit, or the checkpoint is damaged or of other settings; nothing was
+        written.
+    RunError : the training failed; no model was written.
     """
     begin, recipe = perf_counter(), recipe or Recipe()
     lesson = open_lesson(images, labels=labels, recipe=recipe)
-    settings = lesson.settings
+    settings, source = lesson.settings, _source(lesson, recipe=recipe, seed=seed, device=device)
+    checkpoint = CheckpointFile(f"{model}.checkpoint", source | {"minutes": minutes})
     fitted = fit(
         settings, lesson.learn, validation=lesson.check, recipe=recipe, device=device, seed=seed, minutes=minutes,
-        on_progress=on_progress,
+        checkpoint=checkpoint, on_progress=on_progress,
     )
-    record = _record(lesson, recipe=recipe, seed=seed, fitted=fitted, device=device)
     made = Model(
         settings, lesson.classes, lesson.class_values, recipe.normalisation,
         tuple(map(str, range(settings.in_channels))), lesson.images[0].voxel_size_um, closed_form_rule(settings),
-        record, fitted.weights,
+        source | _reached(fitted), fitted.weights,
     )  # fmt: skip
-    return TrainResult(save_model(made, model), str(model), fitted.best, fitted.n_steps, perf_counter() - begin)
+    saved = save_model(made, model)
+    checkpoint.remove()
+    return TrainResult(saved, str(model), fitted.best, fitted.n_steps, fitted.n_before, perf_counter() - begin)
 
 
 def command(args: Namespace) -> dict[str, Any]:
@@ -97,10 +111,10 @@ def command(args: Namespace) -> dict[str, Any]:
     return result.to_json()
 
 
-def _record(lesson: Lesson, *, recipe: Recipe, seed: int, fitted: Fitted, device: str) -> dict[str, Any]:
-    """Return what the model was made from; nothing in it differs between two runs of the same command."""
-    record = {
-        "made_by": "haloseg train", "recipe": recipe.to_json(), "seed": seed, "device": device, "steps": fitted.n_steps,
+def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+    """Return what a model is made from, a JSON object."""
+    source = {
+        "made_by": "haloseg train", "recipe": recipe.to_json(), "seed": seed, "device": device,
         "images": [
             {
                 "image": image.location.name, "labels": truth.location.name, "shape": image.spatial_shape,
@@ -110,8 +124,16 @@ def _record(lesson: Lesson, *, recipe: Recipe, seed: int, fitted: Fitted, device
             }
             for image, truth, held_out in zip(lesson.images, lesson.truths, lesson.held_out, strict=True)
         ],
-        "best": asdict(fitted.best), "curve": [asdict(each) for each in fitted.curve],
         "versions": {package: version(package) for package in ("haloseg", "torch", "numpy")},
     }  # fmt: skip
-    document: dict[str, Any] = json.loads(json.dumps(record))
+    document: dict[str, Any] = json.loads(json.dumps(source))
+    return document
+
+
+def _reached(fitted: Fitted) -> dict[str, Any]:
+    """Return how it went, a JSON object; nothing in it differs between two runs of the same command."""
+    reached = {
+        "steps": fitted.n_steps, "best": asdict(fitted.best), "curve": [asdict(each) for each in fitted.curve],
+    }  # fmt: skip
+    document: dict[str, Any] = json.loads(json.dumps(reached))
     return document

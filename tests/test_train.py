@@ -1,6 +1,11 @@
 """The verb train, from images and labels on disk to a model file that segments."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +13,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from pipeline import cli
 from pipeline.compute.runner import run_serial
@@ -100,6 +106,105 @@ def test_the_same_seed_makes_the_same_file(slide, tmp_path):
     first, again, other = (path.read_bytes() for path in paths)
     assert first == again
     assert first != other
+
+
+TOML = """
+width = 4
+depth = 2
+patch = 32
+batch = 4
+steps = 60
+validate_every = 10
+dropout = 0.1
+ema = 0.9
+foreground_share = 0.3
+[augmentation]
+rotation_degrees = 20
+noise = 0.1
+"""
+
+
+def test_a_run_that_was_killed_makes_the_same_file_when_it_is_run_again(slide, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text(TOML)
+    checkpoint = tmp_path / "killed.checkpoint"
+    arguments = ["train", slide, "--labels", "truth", "--recipe", str(tmp_path / "r.toml"), "--device", "cpu", "--json"]
+    assert cli.main([*arguments, "--model", str(tmp_path / "whole")]) == 0
+    assert json.loads(capsys.readouterr().out)["steps_before"] == 0
+
+    command = [*arguments, "--model", str(tmp_path / "killed")]
+    # sums over voxels are split by the number of threads, and rounded so
+    threads = str(torch.get_num_threads())
+    run = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pipeline import cli; cli.main(sys.argv[1:])", *command],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": threads},
+    )  # fmt: skip
+    with run:
+        n_told = 0
+        while n_told < 2:
+            line = run.stderr.readline()
+            assert line, "it ended by itself"
+            n_told += "held out" in line
+        time.sleep(0.03)  # in the middle of a step
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed").exists()
+
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["steps_before"] in range(20, 60, 10)
+    assert printed.err.count("held out") == 6
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {each.name for each in tmp_path.iterdir()} == {"r.toml", "whole", "killed"}
+
+
+class KilledError(Exception):
+    """Stands for what ends a run."""
+
+
+def stopped(slide, path, recipe):
+    """Leave the checkpoint of a run that was ended after its first validation."""
+
+    def stop(_):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        train([slide], labels="truth", model=str(path), recipe=recipe, on_progress=stop)
+
+
+def test_the_checkpoint_of_another_run_is_refused_in_one_line(slide, tmp_path):
+    recipe, path = replace(RECIPE, steps=4, validate_every=2), tmp_path / "m"
+    stopped(slide, path, recipe)
+    other = replace(recipe, augmentation=Augmentation(contrast=0.5))
+    again = {"labels": "truth", "model": str(path)}
+    with pytest.raises(ArgumentError, match=r"got recipe.augmentation.contrast 0.5 where .*/m.checkpoint has 0.1; use"):
+        train([slide], recipe=other, **again)
+    with pytest.raises(ArgumentError, match=r"got seed 1 where .* has 0; use those, or delete the file"):
+        train([slide], recipe=recipe, seed=1, **again)
+    with pytest.raises(ArgumentError, match=r"got minutes 5.0 where .* has None"):
+        train([slide], recipe=recipe, minutes=5.0, **again)
+    assert train([slide], recipe=recipe, **again).n_before == 2
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(slide, tmp_path, capsys):
+    stopped(slide, tmp_path / "m", RECIPE)
+    checkpoint = tmp_path / "m.checkpoint"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    assert cli.main(["train", slide, "--labels", "truth", "--model", str(tmp_path / "m")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "delete it to begin anew" in told
+    assert not (tmp_path / "m").exists()
+
+
+def test_rare_classes_are_drawn_from_memory_and_from_disk_alike(tmp_path, monkeypatch):
+    voxels, labels = textures((6, 64, 96))
+    image = image_of(tmp_path, "v", voxels, np.where(np.arange(96) < 90, 3, labels), size=(0.05, 0.004, 0.004))
+    recipe = replace(RECIPE, steps=3, foreground_share=0.5)
+    train([image], labels="truth", model=str(tmp_path / "memory"), recipe=recipe)
+    monkeypatch.setattr("pipeline.lesson.RESIDENT_BYTES", 0)
+    train([image], labels="truth", model=str(tmp_path / "disk"), recipe=recipe)
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
 
 
 def test_slices_of_a_thin_volume_train_a_2d_network(tmp_path):

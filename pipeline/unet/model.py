@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +16,11 @@ from torch import Tensor
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
-from pipeline.store.location import Location, storage_errors
+from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import UNetSettings, closed_form_rule
+from pipeline.unet.whole import write_whole
 
 FORMAT = 1
 _FIELDS = {
@@ -81,12 +80,7 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
     """Write the model at a path or URL, at once or not at all; returns it with the digest of its file."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
     content = save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
-    location = Location(os.fspath(path))
-    with storage_errors(location.parent):
-        if location.is_local:
-            _replace(Path(location.url.removeprefix("file://")), content)
-        else:
-            location.write_bytes(content)
+    write_whole(os.fspath(path), content)
     return replace(model, digest=hashlib.sha256(content).hexdigest())
 
 
@@ -121,20 +115,6 @@ def build(model: Model, device: str) -> UNet:
     network.load_state_dict(model.weights, assign=True)
     network.to(memory_format=channels_last(model.settings.dims))  # type: ignore[call-overload]
     return network.to(device).eval().requires_grad_(False)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that readers see the old or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _document(content: bytes) -> dict[str, Any]:

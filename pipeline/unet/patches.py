@@ -13,7 +13,8 @@ shows there, and mirrored only where the scan ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable, read_mirrored
 from pipeline.unet.augment import Augmentation, Change, Field, draw_change
+from pipeline.unet.foreground import Foreground, find_foreground
 
 IGNORED = -100
 _TRIES = 16
@@ -119,6 +121,7 @@ class Patches:
     augmentation : how far drawn patches are changed
     spacing : distance of voxels along the network's axes, in voxels of the finest; empty: all alike
     ignore : label value of voxels that nobody has labelled
+    foreground : voxels that part of the patches are centred on; None: all lie anywhere
     """
 
     sources: tuple[Source, ...]
@@ -130,6 +133,7 @@ class Patches:
     augmentation: Augmentation
     spacing: tuple[float, ...] = ()
     ignore: int | None = None
+    foreground: Foreground | None = None
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -156,29 +160,51 @@ class Patches:
         return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change)
 
     def draw(self, rng: np.random.Generator) -> Patch:
-        """Return a random patch, turned at random, with its change still to be done.
+        """Return a random patch, turned at random, with its change still to be done."""
+        source, place = self._where(rng)
+        turn = self.turns[int(rng.integers(len(self.turns)))]
+        change = draw_change(self.augmentation, self.tile, spacing=self.spacing or (1.0,) * self.n_axes, rng=rng)
+        return self.changed(source, place, turn=turn, change=change)
+
+    def with_foreground(self, share: float) -> Patches:
+        """Return patches of which this part are centred on a voxel of a class that is not the most frequent one.
+
+        Raises
+        ------
+        ArgumentError : the regions have voxels of one class only.
+        """
+        blocks = ((number, box.start, classes) for number, box, classes in self._labelled())
+        n_classes, n_sources = len(self.class_values), len(self.sources)
+        return replace(self, foreground=find_foreground(blocks, n_classes=n_classes, n_sources=n_sources, share=share))
+
+    def _where(self, rng: np.random.Generator) -> tuple[Source, Box]:
+        """Return a place to draw, centred on the foreground as often as is asked for, else anywhere.
 
         Larger images are drawn from in proportion. Where voxels may be unlabelled, up to 16 places are tried for one
         that shows a label.
         """
+        if self.foreground is not None and rng.random() < self.foreground.share:
+            number, voxel = self.foreground.draw(rng)
+            return self.sources[number], self.about(self.sources[number], voxel)
         voxels = np.array([source.region.n_voxels for source in self.sources], dtype=np.float64)
         source = self.sources[int(rng.choice(len(self.sources), p=voxels / voxels.sum()))]
-        turn = self.turns[int(rng.integers(len(self.turns)))]
-        change = draw_change(self.augmentation, self.tile, spacing=self.spacing or (1.0,) * self.n_axes, rng=rng)
         place = self.place(source, rng)
         for _ in range(0 if self.ignore is None else _TRIES):
             if (self._classes(source, place) != IGNORED).any():
                 break
             place = self.place(source, rng)
-        return self.changed(source, place, turn=turn, change=change)
+        return source, place
+
+    def about(self, source: Source, voxel: NDArray[np.int64]) -> Box:
+        """Return the core around a voxel of the region, centred on it as far as the region's border lets."""
+        start = []
+        for at, (first, last), n in zip(voxel.tolist(), self._starts(source), self.core, strict=True):
+            start.append(min(max(at - n // 2, first), last))
+        return self._core(tuple(start))
 
     def place(self, source: Source, rng: np.random.Generator) -> Box:
         """Return a core anywhere in the region; where the region is smaller than it, one that holds the region."""
-        start = []
-        for a, b, n in zip(source.region.start, source.region.stop, self.core, strict=True):
-            first, last = min(a, b - n), max(a, b - n)
-            start.append(int(rng.integers(first, last + 1)))
-        return self._core(tuple(start))
+        return self._core(tuple(int(rng.integers(first, last + 1)) for first, last in self._starts(source)))
 
     def batch(self, n: int, rng: np.random.Generator) -> list[Patch]:
         """Return ``n`` random patches."""
@@ -198,11 +224,21 @@ class Patches:
     def class_counts(self) -> NDArray[np.int64]:
         """Return how many voxels of the regions are of each class, read block by block."""
         counts = np.zeros(len(self.class_values), np.int64)
-        for source in self.sources:
-            for block in BlockGrid(source.region.shape, self.core):
-                found = self._classes(source, block.core.shift(source.region.start))
-                counts += np.bincount(found[found != IGNORED], minlength=len(counts))
+        for _, _, found in self._labelled():
+            counts += np.bincount(found[found != IGNORED], minlength=len(counts))
         return counts
+
+    def _labelled(self) -> Iterator[tuple[int, Box, NDArray[np.int64]]]:
+        """Yield all regions block by block: the number of the source, the box, the classes in it."""
+        for number, source in enumerate(self.sources):
+            for block in BlockGrid(source.region.shape, self.core):
+                box = block.core.shift(source.region.start)
+                yield number, box, self._classes(source, box)
+
+    def _starts(self, source: Source) -> list[tuple[int, int]]:
+        """Return the first and the last start of a core along every axis, in the region or around all of it."""
+        pairs = zip(source.region.start, source.region.stop, self.core, strict=True)
+        return [(min(a, b - n), max(a, b - n)) for a, b, n in pairs]
 
     def _reached(self, box: Box, turn: Orientation, field: Field | None) -> Box:
         """Return what a field looks up for a box that will be turned first."""

@@ -7,7 +7,9 @@ import torch
 from pipeline.errors import ArgumentError, BudgetError, RunError
 from pipeline.geometry.box import Box
 from pipeline.unet.augment import Augmentation
-from pipeline.unet.fit import _rate, fit, training_rule, validate
+from pipeline.unet.course import is_over
+from pipeline.unet.fit import fit, validate
+from pipeline.unet.learner import training_rule
 from pipeline.unet.losses import Loss, Objective
 from pipeline.unet.network import UNet
 from pipeline.unet.patches import Patches, Source, orientations
@@ -132,13 +134,17 @@ def test_the_same_seed_gives_the_same_weights_and_no_other_does():
     assert not torch.equal(first.weights["head.weight"], other.weights["head.weight"])
 
 
+def jumpy(**more):
+    """Return a recipe and its network; its rate lets the loss jump up and down: the last weights are not the best."""
+    recipe = replace(RECIPE, learning_rate=0.3, schedule=Schedule.CONSTANT, validate_every=1, steps=12, **more)
+    return recipe, recipe.network(dims=2, in_channels=1, n_classes=2)
+
+
 def test_the_kept_weights_are_those_of_the_best_validation():
-    # a rate at which the loss jumps up and down: the last weights are not the best
-    recipe = replace(RECIPE, learning_rate=0.3, schedule=Schedule.CONSTANT, validate_every=1, steps=12)
-    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
-    result = fitted(settings, recipe=recipe, seed=4)
+    recipe, settings = jumpy()
+    result = fitted(settings, recipe=recipe, seed=1)
     assert result.best.step < 12
-    stopped = fitted(settings, recipe=replace(recipe, steps=result.best.step), seed=4)
+    stopped = fitted(settings, recipe=replace(recipe, steps=result.best.step), seed=1)
     assert all(torch.equal(t, stopped.weights[name]) for name, t in result.weights.items())
 
 
@@ -180,13 +186,36 @@ def test_a_batch_that_does_not_fit_the_device_is_refused(monkeypatch):
         fitted(RECIPE.network(dims=2, in_channels=1, n_classes=2))
 
 
-def test_the_rate_falls_along_a_cosine_from_all_to_nothing():
-    constant, cosine, poly = (Recipe(learning_rate=0.4, schedule=each) for each in Schedule)
-    assert [_rate(cosine, done, step=9) for done in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.4, 0.2, 0, 0])
-    assert _rate(constant, 0.7, step=9) == 0.4
-    assert [_rate(poly, done, step=9) for done in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.4, 0.4 * 0.5**0.9, 0, 0])
-    slow = replace(constant, warm_up_steps=3)
-    assert [_rate(slow, 0, step=step) for step in (1, 2, 3, 4, 5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_patience_ends_a_training_when_it_says(patience):
+    recipe, settings = jumpy()
+    whole = fitted(settings, recipe=recipe, seed=1)
+    impatient = replace(recipe, patience=patience)
+    result = fitted(settings, recipe=impatient, seed=1)
+    ends = [n for n in range(1, 13) if is_over(whole.curve[:n], impatient)] + [12]
+    assert result.curve == whole.curve[: ends[0]]
+    assert result.n_steps == ends[0]
+    assert ends[0] < 12
+
+
+def test_the_rate_is_halved_after_validations_without_progress():
+    recipe, settings = jumpy()
+    constant = fitted(settings, recipe=recipe, seed=1).curve
+    plateau = fitted(settings, recipe=replace(recipe, schedule=Schedule.PLATEAU, plateau_patience=1), seed=1).curve
+    first = next(n for n in range(1, 12) if constant[n].loss >= constant[n - 1].loss)  # the first without progress
+    assert plateau[: first + 1] == constant[: first + 1]
+    assert plateau[first + 1] != constant[first + 1]
+
+
+def test_the_average_of_weights_learns_textures():
+    recipe = replace(RECIPE, ema=0.9)
+    result = fitted(recipe.network(dims=2, in_channels=1, n_classes=2), recipe=recipe)
+    assert min(result.best.dice) > 0.9
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(ArgumentError, match="seed must be at least 0, got -1; use 0"):
+        fitted(RECIPE.network(dims=2, in_channels=1, n_classes=2), seed=-1)
 
 
 def test_patches_of_valid_networks_have_the_halo_of_inference():

@@ -1,0 +1,133 @@
+"""Learner: a network with what takes its steps, whose whole state can be put down and taken up again."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.geometry.tiles import TileRule
+from pipeline.unet.losses import Objective
+from pipeline.unet.network import UNet
+from pipeline.unet.recipe import Optimiser, Recipe
+from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.warp import Batch
+
+
+def training_rule(settings: UNetSettings) -> TileRule:
+    """Return the rule of patches: valid networks need their halo, the others learn from whole patches without one."""
+    rule = closed_form_rule(settings)
+    if settings.padding is Padding.VALID:
+        return rule
+    return TileRule(rule.stride, (0,) * rule.ndim, (0,) * rule.ndim)
+
+
+def core_of(logits: Tensor, settings: UNetSettings) -> Tensor:
+    """Return the logits of the core, without what the rule of patches trims."""
+    for axis, trim in enumerate(training_rule(settings).trim, start=2):
+        logits = logits.narrow(axis, trim, logits.shape[axis] - 2 * trim)
+    return logits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learner:
+    """A network that learns.
+
+    Attributes
+    ----------
+    network : what takes the steps
+    kept : what is validated, and kept if it is good: the network itself, or the moving average of its weights
+    """
+
+    network: UNet
+    kept: UNet
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    recipe: Recipe
+
+    @classmethod
+    def new(cls, settings: UNetSettings, *, objective: Objective, recipe: Recipe, device: str) -> Learner:
+        """Return a learner with random weights, drawn from torch's generator."""
+        network = UNet(settings).to(device)
+        kept = deepcopy(network) if recipe.ema else network
+        return cls(network, kept, _optimizer(network, recipe), objective, recipe)
+
+    def learn(self, batch: Batch, *, step: int, rate: float) -> float:
+        """Take a step, the first being one; returns the loss before it."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = core_of(self.network(batch.images), self.network.settings)
+        loss = self.objective(logits, batch.classes, batch.borders)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        if self.kept is not self.network:
+            follow(self.kept, self.network, decay=average_decay(self.recipe.ema, step=step))
+        return loss.item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the weights to keep, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.kept.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next steps follow from, on the CPU: weights, their average, the optimiser's memory."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        if self.kept is not self.network:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.kept.state_dict().items()}
+        for number, memory in self.optimizer.state_dict()["state"].items():
+            held = {name: tensor for name, tensor in memory.items() if isinstance(tensor, Tensor)}
+            tensors |= {f"optimiser.{number}.{name}": tensor for name, tensor in held.items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up a state.
+
+        Raises
+        ------
+        RuntimeError, ValueError, KeyError : it is not one of a network and optimiser like these.
+        """
+        self.network.load_state_dict(below("network.", state))
+        if self.kept is not self.network:
+            self.kept.load_state_dict(below("average.", state))
+        memory: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in below("optimiser.", state).items():
+            number, _, part = name.partition(".")
+            memory.setdefault(int(number), {})[part] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": memory, "param_groups": groups})
+
+
+def average_decay(decay: float, *, step: int) -> float:
+    """Return what the average keeps of itself at a step: less at first, or the random weights would stay in it long."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def follow(average: UNet, network: UNet, *, decay: float) -> None:
+    """Move the average towards the network by ``1 - decay``; counts of batches, which are no real numbers, are copied.
+
+    Statistics of batch normalisation are averaged as well: the average is validated and used as it is.
+    """
+    pairs = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
+    for mine, theirs in pairs:
+        if mine.is_floating_point():
+            mine.lerp_(theirs, 1 - decay)
+        else:
+            mine.copy_(theirs)
+
+
+def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return what takes the steps."""
+    weights, rate, decay = network.parameters(), recipe.learning_rate, recipe.weight_decay
+    if recipe.optimiser is Optimiser.SGD:
+        return torch.optim.SGD(weights, lr=rate, momentum=recipe.momentum, weight_decay=decay)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+
+
+def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,57 @@
+"""The flow that trains, as the Prefect UI shows it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("prefect")
+
+from prefect.artifacts import Artifact
+from prefect.testing.utilities import prefect_test_harness
+from test_train import image_of, textures
+
+from flows import train as train_flow
+from flows.train import Course, train_model
+from pipeline.unet.course import Validation
+from pipeline.unet.model import load_model
+
+
+@pytest.fixture(scope="module")
+def server():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_flow, "SECONDS_BETWEEN_UPDATES", 0.0)
+    image = image_of(tmp_path, "a", *textures((96, 96)))
+    (tmp_path / "r.toml").write_text("width = 2\ndepth = 1\npatch = 16\nbatch = 2\nsteps = 6\nvalidate_every = 2\n")
+    model = str(tmp_path / "flow.safetensors")
+    result = train_model([image], "truth", model, recipe=str(tmp_path / "r.toml"))
+    assert result["steps"] == 6
+    progress, table = Artifact.get(key="flow-safetensors-train"), Artifact.get(key="flow-safetensors-curve")
+    assert progress.data == 100.0
+    best = load_model(model).training["best"]
+    assert progress.description.startswith("step 6 of 6, ")
+    assert f"best so far at step {best['step']}: loss held out {best['loss']:.4f}, Dice" in progress.description
+    rows = json.loads(table.data)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["step"] for row in rows if row["best so far"]] == [best["step"]]
+
+
+def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):
+    state = train_model([str(tmp_path / "none.zarr")], "truth", str(tmp_path / "m"), return_state=True)
+    assert state.is_failed()
+    assert "must be made by haloseg" in state.message
+
+
+def test_a_course_is_shown_by_steps_or_by_time(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Course, "write", lambda _, percent: shown.append(percent))
+    course, now = Course("m", n_steps=200, minutes=60), Validation(50, 1.0, 0.5, (0.9, None))
+    course.put(now)
+    assert shown == [pytest.approx(25, abs=0.1)]
+    course.put(replace(now, step=100, loss=0.6))
+    assert course.summary.startswith("step 100 of 200, ")
+    assert course.summary.endswith("best so far at step 50: loss held out 0.5000, Dice 0.900, -")

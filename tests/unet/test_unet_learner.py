@@ -1,0 +1,60 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_unet_fit import RECIPE, patches_of
+
+from pipeline.unet.batches import draw_batch
+from pipeline.unet.learner import Learner, average_decay
+from pipeline.unet.losses import Objective
+from pipeline.unet.warp import batch_of
+
+
+def learner_of(recipe):
+    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
+    patches, _ = patches_of((128, 144), settings, recipe)
+    learner = Learner.new(settings, objective=Objective(), recipe=recipe, device="cpu")
+    return learner, batch_of(draw_batch(patches, 2, seed=0, step=1), device="cpu")
+
+
+def test_the_average_is_what_numpy_makes_of_the_weights_after_each_step():
+    learner, batch = learner_of(replace(RECIPE, ema=0.8))
+    expected = {name: tensor.numpy().astype(np.float64) for name, tensor in learner.network.state_dict().items()}
+    for step in range(1, 61):
+        learner.learn(batch, step=step, rate=0.01)
+        decay = min(0.8, (1 + step) / (10 + step))
+        for name, tensor in learner.network.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * tensor.numpy().astype(np.float64)
+            else:
+                expected[name] = tensor.numpy().copy()
+    kept = learner.weights()
+    assert kept.keys() == expected.keys()
+    for name, tensor in kept.items():
+        assert np.allclose(tensor.numpy(), expected[name], rtol=1e-4, atol=1e-6), name
+    moved = learner.network.state_dict()["head.weight"]
+    assert not torch.allclose(kept["head.weight"], moved, rtol=1e-3)
+
+
+def test_the_average_begins_fast_and_keeps_to_its_decay():
+    assert average_decay(0.99, step=1) == pytest.approx(2 / 11)
+    assert average_decay(0.99, step=10**6) == 0.99
+
+
+def test_without_an_average_the_network_itself_is_kept():
+    learner, batch = learner_of(RECIPE)
+    learner.learn(batch, step=1, rate=0.01)
+    assert learner.kept is learner.network
+    assert not any(name.startswith("average.") for name in learner.state())
+
+
+def test_what_was_put_down_is_not_changed_by_the_next_step():
+    learner, batch = learner_of(replace(RECIPE, ema=0.5))
+    learner.learn(batch, step=1, rate=0.01)
+    state = learner.state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    learner.learn(batch, step=2, rate=0.01)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    learner.restore(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state().items())
