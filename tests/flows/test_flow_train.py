@@ -8,19 +8,12 @@ import pytest
 pytest.importorskip("prefect")
 
 from prefect.artifacts import Artifact
-from prefect.testing.utilities import prefect_test_harness
 from test_train import image_of, textures
 
 from flows import train as train_flow
 from flows.train import Course, train_model
 from pipeline.unet.course import Validation
 from pipeline.unet.model import load_model
-
-
-@pytest.fixture(scope="module")
-def server():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeypatch):
