@@ -171,8 +171,8 @@ def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, 
     """Run the flow of one scan, and tell what became of it."""
     begin = monotonic()
     try:
-        scan = archives.judge(scan, archive)
-        if scan not in Survey((scan,), ()).todo:
+        scan = archives.judge(scan, archive, model_sha256=table.found.model_sha256)
+        if not scan.is_todo:
             return Outcome(scan, str(scan.state), scan.detail)
         table.put(Outcome(scan, "running"))
         with tags(f"scan:{scan.relative}", f"model:{Location(archive.model).name}"):

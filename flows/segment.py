@@ -110,6 +110,9 @@ def segment_scan(
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
         check_paths(scan, image, model, truth)
+    except PipelineError as error:  # of a path that may hold credentials no page and no event is made
+        return cast("Made", failed(error))
+    try:
         with logged(), held(Location(image).absolute()):
             path = ingest_stage(scan, image, shard=shard)
             result = segment_stage(

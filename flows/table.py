@@ -11,11 +11,9 @@ from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
 
 from flows.reports import archive_markdown, plain
-from flows.watching import SECONDS_BETWEEN_UPDATES, duration, shown, slug
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration, rewrite, shown, slug
 from pipeline.archive import Archive, Scan, Survey
 from pipeline.console import quantity
 from pipeline.store.location import Location
@@ -76,9 +74,7 @@ class Table:
             made = shown(lambda: create_markdown_artifact(text, key=key, description=told))
             self._artifact = made if isinstance(made, UUID) else None
             return
-        artifact, new = self._artifact, ArtifactUpdate(data=text, description=told)
-        with get_client(sync_client=True) as client:
-            shown(lambda: client.update_artifact(artifact, new))
+        rewrite(self._artifact, data=text, description=told)
 
     @property
     def summary(self) -> str:

@@ -10,12 +10,10 @@ from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
 
 from flows.parameters import ImagePaths, LabelName, Minutes, ModelPath, RecipePath
 from flows.stages import failed, stage
-from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, shown, slug
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, rewrite, shown, slug
 from pipeline.errors import PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
@@ -58,7 +56,7 @@ class Course:
     def _write_table(self) -> None:
         rows, told = self._rows(), f"how {self._model} is learnt: {self.summary}"
         if (artifact := self._table) is not None:
-            shown(lambda: _update(artifact, ArtifactUpdate(data=json.dumps(rows), description=told)))
+            rewrite(artifact, data=json.dumps(rows), description=told)
             return
         made = shown(lambda: create_table_artifact(rows, key=f"{self._key}-curve", description=told))
         self._table = made if isinstance(made, UUID) else None
@@ -85,11 +83,6 @@ class Course:
              "Dice held out": _dice(each), "best so far": "yes" if each is best else ""}
             for each in self._curve
         ]  # fmt: skip
-
-
-def _update(artifact: UUID, new: ArtifactUpdate) -> None:
-    with get_client(sync_client=True) as client:
-        client.update_artifact(artifact, new)
 
 
 def _dice(each: Validation) -> str:

@@ -16,6 +16,8 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from pipeline.compute.cluster import DaskRunner
 from pipeline.compute.runner import BlockRecord
@@ -54,6 +56,16 @@ def shown(act: Callable[[], T]) -> T | None:
     except Exception as error:  # noqa: BLE001 whatever it is, it is no reason to lose labels
         logging.getLogger("haloseg").debug("not shown in the UI: %s", error)
         return None
+
+
+def rewrite(artifact: UUID, *, data: str, description: str) -> None:
+    """Put new text into an artifact, instead of a new version of it."""
+
+    def act() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_artifact(artifact, ArtifactUpdate(data=data, description=description))
+
+    shown(act)
 
 
 class ArtifactWatcher:

@@ -5,7 +5,6 @@ What has been done is told by the published labels alone; there is no list besid
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -24,9 +23,7 @@ from pipeline.store.image import read_image
 from pipeline.store.labels import check_name, published, read_labels
 from pipeline.store.lease import holder
 from pipeline.store.location import Entry, Location
-from pipeline.unet.model import Model, load_model
-
-log = logging.getLogger("haloseg")
+from pipeline.unet.model import load_model
 
 _OURS = (".lease", ".haloseg.zarr", ".partial")
 
@@ -91,6 +88,11 @@ class Scan:
     state: State = State.NEW
     detail: str = ""
 
+    @property
+    def is_todo(self) -> bool:
+        """Whether it can be worked on now."""
+        return self.state in (State.NEW, State.UNFINISHED)
+
 
 @dataclass(frozen=True, slots=True)
 class Survey:
@@ -100,15 +102,17 @@ class Survey:
     ----------
     scans : those to be done first, first
     others : names of the files that are no scans of a kind that can be read
+    model_sha256 : of the model that the states are about
     """
 
     scans: tuple[Scan, ...]
     others: tuple[str, ...]
+    model_sha256: str
 
     @property
     def todo(self) -> tuple[Scan, ...]:
         """The scans that can be worked on now."""
-        return tuple(scan for scan in self.scans if scan.state in (State.NEW, State.UNFINISHED))
+        return tuple(scan for scan in self.scans if scan.is_todo)
 
 
 def survey(archive: Archive) -> Survey:
@@ -122,18 +126,22 @@ def survey(archive: Archive) -> Survey:
     root = Location(archive.root).absolute()
     if not root.exists():
         raise ArgumentError(f"an archive must be a folder or prefix that exists, got {archive.root}; mend the path")
-    model = load_model(archive.model)
+    model_sha256 = load_model(archive.model).digest
     scans, others = _listed(archive, root)
     found = sorted(
-        (_judged(scan, archive, model) for scan in scans),
+        (judge(scan, archive, model_sha256=model_sha256) for scan in scans),
         key=lambda scan: (_rank(scan.relative, archive.priority), scan.changed_s, scan.relative),
     )
-    return Survey(tuple(found), tuple(others))
+    return Survey(tuple(found), tuple(others), model_sha256)
 
 
-def judge(scan: Scan, archive: Archive) -> Scan:
-    """Return a scan with its state as it is now, when its turn has come."""
-    return _judged(scan, archive, load_model(archive.model))
+def judge(scan: Scan, archive: Archive, *, model_sha256: str) -> Scan:
+    """Return a scan with what has become of it by now; one that cannot be judged is blocked by its cause."""
+    try:
+        return _state_of(scan, archive, model_sha256)
+    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
+        told = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+        return replace(scan, state=State.BLOCKED, detail=told)
 
 
 def _listed(archive: Archive, root: Location) -> tuple[list[Scan], list[str]]:
@@ -199,16 +207,7 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
     return Scan(str(path), relative.rstrip("/"), str(image), truth, entry.changed_s)
 
 
-def _judged(scan: Scan, archive: Archive, model: Model) -> Scan:
-    """Return a scan with what has become of it; one that cannot be judged is blocked by its cause."""
-    try:
-        return _state_of(scan, archive, model)
-    except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
-        told = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-        return replace(scan, state=State.BLOCKED, detail=told)
-
-
-def _state_of(scan: Scan, archive: Archive, model: Model) -> Scan:
+def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
     location = Location(scan.image)
     image = read_image(location)
     if image is not None and scan.path != scan.image and not stamps(scan.path).items() <= image.scan.items():
@@ -216,7 +215,7 @@ def _state_of(scan: Scan, archive: Archive, model: Model) -> Scan:
         return replace(scan, state=State.BLOCKED, detail=detail)
     if image is not None and image.statistics:
         labels = read_labels(location / "labels" / archive.name)
-        now = fingerprint(image, model, Precision.FLOAT32)
+        now = fingerprint(image, model_sha256, Precision.FLOAT32)
         if labels is not None and labels.fingerprint != now:
             detail = f"labels {archive.name} are of another model; choose another name or delete {labels.location}"
             return replace(scan, state=State.BLOCKED, detail=detail)
@@ -251,7 +250,7 @@ def _is_image(path: Location) -> bool:
 
 def _is_made(archive: Archive, path: Location) -> bool:
     """Whether an image lies where this archive's images go, and so was made of one of its scans."""
-    return archive.images is not None and path.url.startswith(f"{str(archive.images).rstrip('/')}/")
+    return archive.images is not None and path.url.startswith(f"{_images(archive.images)}/")
 
 
 def _image_of(archive: Archive, root: Location, relative: str) -> Location:
@@ -259,7 +258,11 @@ def _image_of(archive: Archive, root: Location, relative: str) -> Location:
     if archive.images is None:
         return beside
     folder = PurePosixPath(relative.rstrip("/")).parent
-    return Location(archive.images).absolute() / str(folder / beside.name)
+    return _images(archive.images) / str(folder / beside.name)
+
+
+def _images(folder: str) -> Location:
+    return Location(folder.rstrip("/")).absolute()
 
 
 def _truth_of(relative: str, template: str) -> str:

@@ -116,7 +116,7 @@ def plan_segment(
     grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
     labels = Labels(
         label_location(of.location, name), of.axes.removeprefix("c"), "uint8", layout, of.levels,
-        fingerprint(of, network, scheme.precision), network.classes, network.class_values,
+        fingerprint(of, network.digest, scheme.precision), network.classes, network.class_values,
         _provenance(of, network, model, scheme),
     )  # fmt: skip
     check_same_run(labels)
@@ -261,11 +261,11 @@ def _counts(
     return prod(sizes.total() for sizes in axes), multiply_adds, read
 
 
-def fingerprint(image: Image, model: Model, precision: Precision) -> dict[str, Any]:
+def fingerprint(image: Image, model_sha256: str, precision: Precision) -> dict[str, Any]:
     """Return what must be the same for two runs to be one: labels that have it are of this image and this model."""
     content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"image": digest, "model": model.digest, "precision": precision.value}
+    return {"image": digest, "model": model_sha256, "precision": precision.value}
 
 
 def _provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:

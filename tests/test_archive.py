@@ -116,6 +116,16 @@ def test_what_lies_beside_scans_is_not_taken_for_one(home):
     assert len(found.scans) == 4
 
 
+def test_a_relative_tree_of_images_in_the_archive_holds_no_scans(home, monkeypatch):
+    monkeypatch.chdir(home / "scans")
+    archive = archive_of(home, pattern="**/*", images="made/")
+    (first, *_) = [scan for scan in survey(archive).scans if scan.relative == "a.tif"]
+    assert first.image == str(home / "scans" / "made" / "a.zarr")
+    (home / "scans" / "a.tif").rename(home / "a.tif")
+    ingest(str(home / "a.tif"), first.image)
+    assert "made/a.zarr" not in states(archive)
+
+
 def test_images_may_go_to_a_tree_of_their_own_and_may_be_scans_themselves(home):
     archive = archive_of(home, images=str(home / "images"))
     assert {scan.relative: scan.image for scan in survey(archive).scans}["sub/c.tif"] == str(home / "images/sub/c.zarr")

@@ -46,6 +46,6 @@ def forget_submits(dask_scheduler: Scheduler) -> None:
 
 
 def orphans(dask_scheduler: Scheduler) -> list[str]:
-    """Return the names of the plugins of runs whose client is gone; see ``plugin_name``."""
+    """Return the names of the plugins of runs whose client is gone; their names hold it, see DaskRunner."""
     ours = [name for name in dask_scheduler.worker_plugins if name.startswith(PREFIX)]
     return [name for name in ours if not any(client in name for client in dask_scheduler.clients)]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import tifffile
+from deploy_files import until
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "pipeline" / "demo"
@@ -41,15 +41,6 @@ def free_ports(n: int) -> int:
         except OSError:
             continue
         return first
-
-
-def until(happened: Callable[[], Any], *, seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := happened():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 class Site:

@@ -81,3 +81,11 @@ def test_paths_outside_the_roots_are_refused(server, tmp_path, monkeypatch):
     state = ingest_scan(str(tmp_path / "scan.tif"), str(tmp_path / "in" / "scan.zarr"), return_state=True)
     with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
         state.result()
+
+
+def test_a_path_with_credentials_is_on_no_page(server, tmp_path):
+    image, model = str(tmp_path / "scan.zarr"), str(model_file(tmp_path / "model.safetensors"))
+    state = segment_scan("s3://name:secret@bucket/scan.zarr", image, model, return_state=True)
+    assert isinstance(state.result(raise_on_failure=False), ArgumentError)
+    assert "secret" not in state.message
+    assert Artifact.get(key=key_of(image, "classes", "failure")) is None
