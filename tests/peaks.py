@@ -4,29 +4,23 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-
-import psutil
 
 
 def grown(run):
-    """Return by how many bytes the resident memory of this process rises, at most, while ``run`` runs."""
-    process = psutil.Process()
-    before, peak, over = process.memory_info().rss, [0], threading.Event()
+    """Return by how many bytes ``run`` raises this process's resident memory, by the kernel's own high-water mark.
 
-    def watch():
-        while not over.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+    The mark counts since the process began: ``run`` must need more than anything before it did.
+    """
+    before = resident("VmRSS")
     run()
-    over.set()
-    thread.join()
-    return peak[0] - before
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Return a field of the kernel's account of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def measured(program, arguments):
