@@ -53,6 +53,7 @@ from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
+from pipeline.store.shelf import model_path
 
 _NAMED = 10
 _ALARMING_SHARE = 0.2
@@ -96,11 +97,11 @@ def segment_archive(
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
 ) -> State[Any]:
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""
-    what = Archive(archive, model, pattern, name, images, truth, settle_s, tuple(priority))
     settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes}
     deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
     try:
-        check_paths(archive, model, images)
+        what = Archive(archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority))
+        check_paths(archive, what.model, images)
         with logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:
             todo, bad = open_stage(table.found.todo, limit=limit) if table.found.todo else ((), {})
             for scan in table.found.todo:

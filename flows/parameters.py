@@ -8,7 +8,7 @@ from pydantic import Field
 
 ScanPath = Annotated[str, Field(description="Path or URL of the scan, or of an image that was ingested before")]
 ImagePath = Annotated[str, Field(description="Path or URL of the OME-Zarr image to make, ending in .zarr")]
-ModelPath = Annotated[str, Field(description="Path or URL of the model file")]
+ModelPath = Annotated[str, Field(description="Path or URL of the model file, or a name such as cells or cells@2")]
 LabelName = Annotated[str, Field(description="The label volume: IMAGE/labels/NAME")]
 TruthPath = Annotated[str | None, Field(description="Labels to compare with: a label volume, or a scan of integers")]
 Cluster = Annotated[str, Field(description='"local", or the address of a Dask scheduler such as tls://host:8786')]
@@ -31,4 +31,6 @@ Priority = Annotated[list[str], Field(description="Globs: scans of the first go 
 Overwrite = Annotated[bool, Field(description="Delete the image that is there, with its labels, first")]
 ImagePaths = Annotated[list[str], Field(min_length=1, description="Images to learn from, each with the labels")]
 Minutes = Annotated[float, Field(gt=0, description="Learn for so long at most")]
-RecipePath = Annotated[str | None, Field(description="A recipe in TOML; empty: the usual settings")]
+RecipePath = Annotated[
+    str | None, Field(description="A recipe that ships, such as membrane2d, or one in TOML; empty: the usual settings")
+]

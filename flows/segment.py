@@ -30,6 +30,7 @@ from pipeline.store.labels import open_labels
 from pipeline.store.lease import held
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
+from pipeline.store.shelf import model_path
 from pipeline.unet.device import pick_device
 
 Made = tuple[Segmented, Evaluated | None]
@@ -109,6 +110,7 @@ def segment_scan(
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
+        model = model_path(model)
         check_paths(scan, image, model, truth)
     except PipelineError as error:  # of a path that may hold credentials no page and no event is made
         return cast("Made", failed(error))

@@ -17,10 +17,11 @@ from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, rewrite, s
 from pipeline.errors import PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
+from pipeline.store.shelf import to_be_written
 from pipeline.train import train
 from pipeline.unet.course import Validation, best_of
 from pipeline.unet.device import pick_device
-from pipeline.unet.recipe import Recipe, load_recipe
+from pipeline.unet.recipe import Recipe, load_recipe, shipped
 
 
 class Course:
@@ -111,10 +112,13 @@ def train_stage(images: list[str], labels: str, model: str, minutes: float, reci
 def train_model(
     images: ImagePaths, labels: LabelName, model: ModelPath, minutes: Minutes = 30.0, recipe: RecipePath = None
 ) -> dict[str, Any]:
-    """Train a model on the label volume ``labels`` of every image; returns its figures."""
+    """Train a model on the label volume ``labels`` of every image; returns its figures.
+
+    A model that is told by name becomes the next version of it, which other flows then find by that name.
+    """
     try:
-        check_paths(model, recipe, *images)
-        with logged():
-            return train_stage(images, labels, model, minutes, recipe)
+        with logged(), to_be_written(model) as path:
+            check_paths(path, None if recipe in shipped() else recipe, *images)
+            return train_stage(images, labels, path, minutes, recipe)
     except PipelineError as error:
         return cast("dict[str, Any]", failed(error))

@@ -107,9 +107,12 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("images", nargs="+", metavar="IMAGE")
     verb.add_argument("--labels", required=True, metavar="NAME", help="the label volume of each image to learn from")
     made = verb.add_mutually_exclusive_group(required=True)
-    made.add_argument("--model", metavar="FILE", help="the model file to write (.safetensors)")
+    made.add_argument("--model", metavar="NAME|FILE", help="the model: a name, or a file to write (.safetensors)")
     made.add_argument("--preview", metavar="PNG", help="a picture of augmented patches to write; trains nothing")
-    verb.add_argument("--recipe", metavar="TOML", help="a file of settings")
+    verb.add_argument("--recipe", metavar="NAME|TOML", help="one that ships, such as membrane2d, or a file")
+    verb.add_argument(
+        "--held-out", nargs="+", default=[], metavar="IMAGE", help="images to validate on, whole, not to learn from"
+    )
     verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--seed", type=int, default=0, metavar="N")
@@ -117,7 +120,7 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
 
 def _add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("image", metavar="IMAGE", help="an image, or a scan that segment ingests beside itself first")
-    verb.add_argument("--model", required=True, metavar="FILE")
+    verb.add_argument("--model", required=True, metavar="NAME|FILE", help="such as cells, cells@2, cells.safetensors")
     verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="run by overlapping tiles of this size instead")
     verb.add_argument("--slab", type=_positive, metavar="N", help="rows that enter the network at once")
     verb.add_argument("--column", type=_integers, metavar="N[,N,N]", help="shards that are streamed as one column")
@@ -133,7 +136,7 @@ def _add_verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
     verb.add_argument("--boxes", type=_positive, default=16, metavar="N", help="how many boxes (default 16)")
     verb.add_argument("--seed", type=int, default=1, metavar="N", help="which boxes (default 1)")
-    verb.add_argument("--model", metavar="FILE", help="the model that made them, if it has been moved")
+    verb.add_argument("--model", metavar="NAME|FILE", help="the model that made them, if it has been moved")
     verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker (default 1G)")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 

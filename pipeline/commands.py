@@ -62,7 +62,7 @@ def train(args: Namespace) -> Document:
 
 def inspect(args: Namespace) -> Document:
     """Tell what a model is."""
-    document: Document = resolve_name("pipeline.inspect:inspect")(args.model)
+    document: Document = resolve_name("pipeline.inspect:inspect")(_model(args.model))
     return document
 
 
@@ -80,7 +80,7 @@ def segment(args: Namespace) -> Document:
         scheme = _scheme_of(args)
         with _held(resolve_name("pipeline.segment:image_of")(args.image)):
             image = resolve_name("pipeline.segment:as_image")(
-                args.image, model=args.model, name=args.name, scheme=scheme, watch=watch
+                args.image, model=_model(args.model), name=args.name, scheme=scheme, watch=watch
             )
             what = _plan(args, image, name=args.name, scheme=scheme)
             with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
@@ -102,8 +102,8 @@ def verify(args: Namespace) -> Document:
     scheme = Scheme(device=device, **({} if args.budget is None else {"budget_bytes": args.budget}))
     with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
         certificate = resolve_name("pipeline.verify:verify")(
-            args.image, name=args.name, model=args.model, n_boxes=args.boxes, seed=args.seed, scheme=scheme, run=run,
-            watch=watch,
+            args.image, name=args.name, model=args.model and _model(args.model), n_boxes=args.boxes, seed=args.seed,
+            scheme=scheme, run=run, watch=watch,
         )  # fmt: skip
     document: Document = certificate.to_json()
     return document
@@ -124,6 +124,12 @@ def _held(image: str) -> AbstractContextManager[None]:
     return held
 
 
+def _model(model: str) -> str:
+    """Return the path of a model that is told by path or by name."""
+    path: str = resolve_name("pipeline.store.shelf:model_path")(model)
+    return path
+
+
 def _described(path: str) -> Document:
     document: Document = resolve_name("pipeline.info:info")(path)
     return document
@@ -131,7 +137,7 @@ def _described(path: str) -> Document:
 
 def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # noqa: ANN401 of a module imported late
     return resolve_name("pipeline.plan:plan_segment")(
-        image, model=args.model, name=name, probabilities=args.probabilities, scheme=scheme
+        image, model=_model(args.model), name=name, probabilities=args.probabilities, scheme=scheme
     )
 
 

@@ -34,7 +34,7 @@ class Lesson:
     ----------
     classes, class_values : names and label values of the classes, ascending
     learn, check : patches to learn from, and those of the parts that are held out
-    held_out : the part of each image that is held out
+    held_out : the part of each image that is held out; None: nothing of it is
     """
 
     images: tuple[Image, ...]
@@ -44,19 +44,27 @@ class Lesson:
     class_values: tuple[int, ...]
     learn: Patches
     check: Patches
-    held_out: tuple[Box, ...]
+    held_out: tuple[Box | None, ...]
 
 
-def open_lesson(images: Sequence[str], *, labels: str, recipe: Recipe) -> Lesson:
+def open_lesson(
+    images: Sequence[str], *, labels: str, recipe: Recipe, held_out: Sequence[str] = ()
+) -> Lesson:
     """Return what a recipe makes of the label volume ``labels`` of every image.
 
-    The last part of every image along its first axis (the last slices of a volume, the bottom of a slide) is held out.
+    Without images that are held out, the last part of every image along its first axis is: the last slices of a volume,
+    the bottom of a slide.
 
     Raises
     ------
     InputError : images, labels and recipe do not fit.
     """
-    opened = [open_image(path) for path in images]
+    if not images:
+        raise ArgumentError("training needs at least one image, got none; name one")
+    opened = [open_image(path) for path in (*images, *held_out)]
+    places = [str(image.location.absolute()) for image in opened]
+    if both := set(places[: len(images)]) & set(places[len(images) :]):
+        raise ArgumentError(f"images that are held out must not be learnt from, got {min(both)}; name it once")
     truths = [open_labels(label_location(image.location, labels)) for image in opened]
     _check_alike(opened)
     values = _class_values(opened, truths, recipe=recipe)
@@ -65,22 +73,21 @@ def open_lesson(images: Sequence[str], *, labels: str, recipe: Recipe) -> Lesson
     names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(truths[0], value) for value in values)
     dims = choose_dims(recipe, shapes=[each.spatial_shape for each in opened], voxel_size_um=opened[0].voxel_size_um)
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
-    regions = [_split(image.spatial_shape, recipe.validation_fraction) for image in opened]
-    learn = _patches(opened, truths, settings=settings, recipe=recipe, values=values, regions=regions)
-    check = replace(
-        learn, sources=tuple(replace(s, region=box) for s, (_, box) in zip(learn.sources, regions, strict=True)),
-        foreground=None,
+    regions = _regions(opened, n_learnt=len(images) if held_out else None, fraction=recipe.validation_fraction)
+    patches = _patches(opened, truths, settings=settings, recipe=recipe, values=values)
+    learn, check = (
+        replace(patches, sources=tuple(replace(s, region=r) for s, r in zip(patches.sources, side, strict=True) if r))
+        for side in zip(*regions, strict=True)
     )  # fmt: skip
-    held_out = tuple(box for _, box in regions)
+    learn = learn.with_foreground(recipe.foreground_share) if recipe.foreground_share else learn
+    kept_back = tuple(box for _, box in regions)
     return Lesson(
-        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, held_out
+        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, kept_back
     )  # fmt: skip
 
 
 def _check_alike(images: list[Image]) -> None:
     """Refuse images that one network cannot learn from together."""
-    if not images:
-        raise ArgumentError("training needs at least one image, got none; name one")
     first = images[0]
     for other in images[1:]:
         if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):
@@ -124,9 +131,8 @@ def _class_values(images: list[Image], truths: list[Labels], *, recipe: Recipe) 
 
 def _patches(
     images: list[Image], truths: list[Labels], *, settings: UNetSettings, recipe: Recipe, values: tuple[int, ...],
-    regions: list[tuple[Box, Box]],
 ) -> Patches:
-    """Return the patches to learn from."""
+    """Return patches of whole images."""
     size = recipe.patch_core(settings)
     rule, core = training_rule(settings), (size,) * settings.dims
     if len(images[0].spatial_shape) > settings.dims:
@@ -134,13 +140,13 @@ def _patches(
     spacing = _spacing(images[0], dims=settings.dims)
     turns = orientations(core, halo=rule.halo, voxel_size_um=images[0].voxel_size_um)
     turns = turns if recipe.augmentation.flips else turns[:1]
-    sources = _sources(images, truths, recipe=recipe, spacing=spacing, dims=settings.dims, regions=regions)
+    sources = _sources(images, truths, recipe=recipe, spacing=spacing, dims=settings.dims)
     patches = Patches(
         sources, core, rule.halo, values, settings.dims, turns, recipe.augmentation, spacing[-settings.dims :],
         -1 if recipe.instances and recipe.ignore is not None else recipe.ignore,
     )
     recipe.augmentation.check(patches.tile, spacing=patches.spacing)
-    return patches.with_foreground(recipe.foreground_share) if recipe.foreground_share else patches
+    return patches
 
 
 def _spacing(image: Image, *, dims: int) -> tuple[float, ...]:
@@ -150,8 +156,7 @@ def _spacing(image: Image, *, dims: int) -> tuple[float, ...]:
 
 
 def _sources(
-    images: list[Image], truths: list[Labels], *, recipe: Recipe, spacing: tuple[float, ...], dims: int,
-    regions: list[tuple[Box, Box]],
+    images: list[Image], truths: list[Labels], *, recipe: Recipe, spacing: tuple[float, ...], dims: int
 ) -> tuple[Source, ...]:
     """Return the images with their labels, in memory where they are small."""
     arrays: list[Any] = [*(image.array for image in images), *(truth.array for truth in truths)]
@@ -160,7 +165,7 @@ def _sources(
     resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
     stored: list[Sliceable] = [np.asarray(array[:]) for array in arrays] if resident else arrays
     n, axes, sources = len(images), tuple(range(len(spacing) - dims, len(spacing))), []
-    for image, voxels, ids, (region, _) in zip(images, stored[:n], stored[n:], regions, strict=True):
+    for image, voxels, ids in zip(images, stored[:n], stored[n:], strict=True):
         labels, borders = ids, None
         keep: Callable[[Sliceable], Sliceable] = in_memory if resident else lambda computed: computed
         if recipe.instances:
@@ -169,8 +174,18 @@ def _sources(
             about = recipe.border_weight, recipe.border_sigma_voxels, recipe.ignore
             borders = keep(Borders(ids, axes, spacing, *about))
         windows = tuple(each.window(recipe.normalisation) for each in image.statistics)
-        sources.append(Source(voxels, labels, windows, region, borders))
+        sources.append(Source(voxels, labels, windows, Box.whole(image.spatial_shape), borders))
     return tuple(sources)
+
+
+def _regions(
+    images: list[Image], *, n_learnt: int | None, fraction: float
+) -> list[tuple[Box | None, Box | None]]:
+    """Return of each image what to learn from and what to hold out: all of the first ``n_learnt``, or parts of each."""
+    if n_learnt is None:
+        return [_split(image.spatial_shape, fraction) for image in images]
+    boxes = [Box.whole(image.spatial_shape) for image in images]
+    return [(box, None) if number < n_learnt else (None, box) for number, box in enumerate(boxes)]
 
 
 def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:

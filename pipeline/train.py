@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.lesson import Lesson, open_lesson
 from pipeline.preview import preview
+from pipeline.store.shelf import to_be_written
 from pipeline.unet.checkpoint import CheckpointFile
 from pipeline.unet.course import Validation
 from pipeline.unet.device import pick_device
@@ -53,19 +54,20 @@ class TrainResult:
 
 
 def train(
-    images: Sequence[str], *, labels: str, model: str, recipe: Recipe | None = None, minutes: float | None = None,
-    device: str = "cpu", seed: int = 0, on_progress: Callable[[Validation], None] = lambda _: None,
+    images: Sequence[str], *, labels: str, model: str, recipe: Recipe | None = None, held_out: Sequence[str] = (),
+    minutes: float | None = None, device: str = "cpu", seed: int = 0,
+    on_progress: Callable[[Validation], None] = lambda _: None,
 ) -> TrainResult:
     """Write a model that has learnt the label volume ``labels`` of every image.
 
-    The last part of every image along its first axis (the last slices of a volume, the bottom of a slide) is held out;
-    the weights of lowest loss there are kept. A run that was killed goes on, with the same arguments, from its last
-    validation, as FILE.checkpoint beside the model file says; the model is the one that it would have made undisturbed,
-    bit by bit, unless ``minutes`` are given.
+    Images that are held out are not learnt from; without any, it is the last part of every image along its first axis:
+    the last slices of a volume, the bottom of a slide. The weights of lowest loss there are kept. A run that was killed
+    goes on, with the same arguments, from its last validation, as FILE.checkpoint beside the model file says; the model
+    is the one that it would have made undisturbed, bit by bit, unless ``minutes`` are given.
 
     Parameters
     ----------
-    images : paths or URLs of complete images
+    images, held_out : paths or URLs of complete images
     model : path of the model file, written at once at the end
     minutes : stop after so long, all runs together, if the recipe's steps take longer
     device : "cpu" or "cuda"
@@ -77,7 +79,7 @@ def train(
     RunError : the training failed; no model was written.
     """
     begin, recipe = perf_counter(), recipe or Recipe()
-    lesson = open_lesson(images, labels=labels, recipe=recipe)
+    lesson = open_lesson(images, labels=labels, recipe=recipe, held_out=held_out)
     settings, source = lesson.settings, _source(lesson, recipe=recipe, seed=seed, device=device)
     checkpoint = CheckpointFile(f"{model}.checkpoint", source | {"minutes": minutes})
     fitted = fit(
@@ -104,10 +106,11 @@ def command(args: Namespace) -> dict[str, Any]:
     recipe = load_recipe(args.recipe) if args.recipe else Recipe()
     if args.preview:
         return preview(args.images, labels=args.labels, recipe=recipe, seed=args.seed, path=args.preview).to_json()
-    result = train(
-        args.images, labels=args.labels, model=args.model, recipe=recipe, minutes=args.minutes,
-        device=pick_device(args.device), seed=args.seed, on_progress=tell,
-    )
+    with to_be_written(args.model) as path:
+        result = train(
+            args.images, labels=args.labels, model=path, recipe=recipe, held_out=args.held_out, minutes=args.minutes,
+            device=pick_device(args.device), seed=args.seed, on_progress=tell,
+        )
     return result.to_json()
 
 
@@ -120,7 +123,7 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
                 "image": image.location.name, "labels": truth.location.name, "shape": image.spatial_shape,
                 "voxel_size_um": image.voxel_size_um, "scan": image.scan, "labels_from": truth.fingerprint,
                 "statistics": [each.to_json() for each in image.statistics],
-                "held_out": asdict(held_out),
+                "held_out": asdict(held_out) if held_out else None,
             }
             for image, truth, held_out in zip(lesson.images, lesson.truths, lesson.held_out, strict=True)
         ],

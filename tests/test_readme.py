@@ -30,7 +30,8 @@ def test_every_command_of_the_readme_runs_in_its_order(tmp_path):
     assert len(lines) >= 8
     voxels = scan_file(tmp_path / "scan.tif", (4, 160, 150))
     tifffile.imwrite(tmp_path / "truth.tif", (voxels > 128).astype(np.uint8) * 255, photometric="minisblack")
-    quick = [line.replace("--minutes 30", "--minutes 0.1") for line in lines]
+    (tmp_path / "quick.toml").write_text("steps = 60\nvalidate_every = 30\npatch = 64\nbatch = 4\n")
+    quick = [line.replace("--minutes 30", "--minutes 30 --recipe quick.toml") for line in lines]
     documents = [run(shlex.split(line)[1:], tmp_path) for line in quick]
     assert documents[-2]["mean_dice"] > 0.5
     assert documents[-1]["labels"] == ["cells", "truth"]

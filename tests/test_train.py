@@ -98,6 +98,23 @@ def test_the_record_tells_what_the_model_was_made_from(slide, tmp_path):
     assert set(record["versions"]) == {"haloseg", "torch", "numpy"}
 
 
+def test_images_that_are_held_out_are_validated_on_whole_and_not_learnt_from(slide, tmp_path):
+    voxels, labels = textures((96, 144), seed=1)
+    other = image_of(tmp_path, "b", voxels, labels)
+    unlearnable = image_of(tmp_path, "c", voxels, 203 - labels)
+    recipe = replace(RECIPE, steps=3, validate_every=3)
+    result = train([slide], labels="truth", model=str(tmp_path / "m"), recipe=recipe, held_out=[other])
+    turned = train([slide], labels="truth", model=str(tmp_path / "n"), recipe=recipe, held_out=[unlearnable])
+    about = result.model.training["images"]
+    assert [each["image"] for each in about] == ["a.zarr", "b.zarr"]
+    assert [each["held_out"] for each in about] == [None, {"start": [0, 0], "stop": [96, 144]}]
+    weights = turned.model.weights
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in result.model.weights.items())
+    assert turned.best.dice != result.best.dice
+    with pytest.raises(ArgumentError, match=r"held out must not be learnt from, got .*a.zarr; name it once"):
+        train([slide], labels="truth", model=str(tmp_path / "o"), recipe=recipe, held_out=[other, slide])
+
+
 def test_the_same_seed_makes_the_same_file(slide, tmp_path):
     recipe = replace(RECIPE, steps=3)
     paths = [tmp_path / name for name in "abc"]

@@ -56,8 +56,8 @@ def lease(image: Location, *, lasts_s: float = LEASE_S) -> Iterator[bool]:
 
 
 @contextmanager
-def held(image: Location) -> Iterator[None]:
-    """Hold the lease of an image while the block runs.
+def held(image: Location, *, what: str = "a scan") -> Iterator[None]:
+    """Hold the lease of an image, or of another thing that is made at a place, while the block runs.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def held(image: Location) -> Iterator[None]:
     with lease(image) as taken:
         if not taken:
             by = holder(image) or "a run that has just ended"
-            raise TakenError(f"a scan is worked on by one run at a time, got {image}, at which is {by}; wait for it")
+            raise TakenError(f"{what} is worked on by one run at a time, got {image}, at which is {by}; wait for it")
         yield
 
 

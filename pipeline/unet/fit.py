@@ -16,15 +16,13 @@ from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
 from pipeline.unet.batches import batches, network_seed
 from pipeline.unet.checkpoint import Checkpoint, CheckpointFile
 from pipeline.unet.course import Validation, best_of, is_best, is_over, rate
-from pipeline.unet.learner import Learner, core_of
+from pipeline.unet.learner import Learner
 from pipeline.unet.losses import Objective, balanced
-from pipeline.unet.network import UNet, classes_of
-from pipeline.unet.patches import IGNORED, Patches
+from pipeline.unet.patches import Patches
 from pipeline.unet.recipe import Recipe
 from pipeline.unet.settings import UNetSettings
+from pipeline.unet.validation import validate
 from pipeline.unet.warp import batch_of
-
-N_VALIDATION_PATCHES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +84,7 @@ def fit(
                 learner.kept, validation, objective=learner.objective, device=device, step=step,
                 train_loss=float(np.mean(losses)),
             )
+            _finite(now.loss, step)
             losses.clear()
             curve.append(now)
             best = learner.weights() if is_best(curve) else best
@@ -123,33 +122,6 @@ def _objective(patches: Patches, recipe: Recipe) -> Objective:
     """Return the loss, with weights by the frequency of classes where they are asked for."""
     weights = balanced(torch.from_numpy(patches.class_counts())) if recipe.balance_classes else None
     return Objective(recipe.loss, weights, recipe.focal_gamma)
-
-
-def validate(
-    network: UNet, patches: Patches, *, objective: Objective, device: str, step: int, train_loss: float
-) -> Validation:
-    """Return loss and Dice over the fixed patches; the network stays in eval mode."""
-    network.eval()
-    n, head = network.settings.n_labels, network.settings.head
-    total, n_voxels = 0.0, 0
-    both, either = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-    with torch.inference_mode():
-        for source, core in patches.fixed(N_VALIDATION_PATCHES):
-            batch = batch_of([patches.at(source, core)], device=device)
-            logits, y = core_of(network(batch.images), network.settings), batch.classes.cpu()
-            counted = y != IGNORED
-            total += float(objective(logits, batch.classes, batch.borders)) * int(counted.sum())
-            n_voxels += int(counted.sum())
-            got, want = classes_of(logits, head).cpu()[counted].long(), y[counted]
-            both += torch.bincount(want[got == want], minlength=n)
-            either += torch.bincount(got, minlength=n) + torch.bincount(want, minlength=n)
-    if not n_voxels:
-        raise ArgumentError(
-            "the part that is held out must have labelled voxels, got none in it; label some of it, or set another "
-            "validation_fraction"
-        )
-    dice = tuple(2 * b / e if e else None for b, e in zip(both.tolist(), either.tolist(), strict=True))
-    return Validation(step, train_loss, _finite(total / n_voxels, step), dice)
 
 
 def _finite(loss: float, step: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.losses import Objective
-from pipeline.unet.network import UNet
+from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.recipe import Optimiser, Recipe
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 from pipeline.unet.warp import Batch
@@ -51,6 +51,7 @@ class Learner:
     def new(cls, settings: UNetSettings, *, objective: Objective, recipe: Recipe, device: str) -> Learner:
         """Return a learner with random weights, drawn from torch's generator."""
         network = UNet(settings).to(device)
+        network.to(memory_format=channels_last(settings.dims))  # type: ignore[call-overload]
         kept = deepcopy(network) if recipe.ema else network
         return cls(network, kept, _optimizer(network, recipe), objective, recipe)
 
@@ -59,7 +60,8 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        logits = core_of(self.network(batch.images), self.network.settings)
+        images = batch.images.contiguous(memory_format=channels_last(self.network.settings.dims))
+        logits = core_of(self.network(images), self.network.settings)
         loss = self.objective(logits, batch.classes, batch.borders)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip_norm:

@@ -210,17 +210,6 @@ class Patches:
         """Return ``n`` random patches."""
         return [self.draw(rng) for _ in range(n)]
 
-    def fixed(self, most: int) -> list[tuple[Source, Box]]:
-        """Return at most ``most`` places, evenly spread over all regions, always the same."""
-        places = []
-        for source in self.sources:
-            spans = []
-            for a, b, n in zip(source.region.start, source.region.stop, self.core, strict=True):
-                spans.append([min(at, b - n) for at in range(a, b, n)])
-            places += [(source, self._core(start)) for start in product(*spans)]
-        chosen = np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))
-        return [places[i] for i in chosen]
-
     def class_counts(self) -> NDArray[np.int64]:
         """Return how many voxels of the regions are of each class, read block by block."""
         counts = np.zeros(len(self.class_values), np.int64)

@@ -16,6 +16,7 @@ from pipeline.unet.settings import Head, Padding, UNetSettings, Upsampling
 
 LARGEST_ANISOTROPY = 3.0
 FEWEST_SLICES_3D = 16
+_SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 class Schedule(StrEnum):
@@ -201,18 +202,25 @@ def choose_dims(
     return 3 if thick and anisotropy <= LARGEST_ANISOTROPY else 2
 
 
+def shipped() -> dict[str, Path]:
+    """Return the recipes that ship, by name."""
+    return {file.stem: file for file in sorted(_SHIPPED.glob("*.toml"))}
+
+
 def load_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a TOML file; settings that it lacks have their defaults.
+    """Return a recipe that ships, by its name, or the one in a TOML file; settings that it lacks have their defaults.
 
     Raises
     ------
     ArgumentError : the file cannot be read, is no TOML, or has a setting that is unknown or breaks a rule.
     """
     try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        document = tomllib.loads(shipped().get(str(path), Path(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())
-        raise ArgumentError(f"a recipe must be a TOML file, got {path} ({cause}); check the path") from error
+        raise ArgumentError(
+            f"a recipe must be one of {', '.join(shipped())} or a TOML file, got {path} ({cause}); check the path"
+        ) from error
     table = document.get("augmentation", {})
     if type(table) is not dict:
         raise ArgumentError(f"augmentation must be a table, got {table!r} in {path}; write [augmentation] above it")

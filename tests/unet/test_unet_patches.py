@@ -124,19 +124,6 @@ def test_contrast_scales_and_shifts_intensities_only():
         assert np.array_equal(y, labels)
 
 
-def test_fixed_places_cover_each_region_and_are_the_same_each_time():
-    source = marked((9, 12), region=Box((2, 3), (7, 10)))
-    patches = patches_of(source, core=(3, 3), halo=(1, 1))
-    shown = np.zeros((9, 12), int)
-    for _, core in patches.fixed(1000):
-        shown[core.slices] += 1
-        assert core.intersect(source.region) == core
-    assert (shown[source.region.slices] > 0).all()
-    assert shown.sum() == shown[source.region.slices].sum()
-    assert patches.fixed(3) == patches.fixed(3)
-    assert len(patches.fixed(3)) == 3
-
-
 def test_a_cube_has_48_orientations_and_a_square_8():
     assert len(ALL_3D) == 48
     block = np.arange(64).reshape(4, 4, 4)

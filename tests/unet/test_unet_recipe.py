@@ -53,7 +53,7 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ('balance_classes = true\nloss = "dice"', "balance_classes need a loss that is a sum over voxels"),
         ("ignore = 1.5", "ignore must be of type int, got 1.5"),
         ("ignore = 0\ninstances = true", "ignore must be another value than the background"),
-        ("depth = ", "must be a TOML file"),
+        ("depth = ", "or a TOML file"),
         ("[augmentation]\ncontrast = -0.5", "contrast must be from 0 to 1, got -0.5"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_sigmoid_has_no_channel_for_the_first_class():
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"must be a TOML file, got .*none.toml"):
+    with pytest.raises(ArgumentError, match=r"one of .*membrane2d.* or a TOML file, got .*none.toml"):
         load_recipe(tmp_path / "none.toml")
 
 

@@ -1,0 +1,229 @@
+"""What each recipe that ships reaches on real scans with truth (HALOSEG_DATA): trained, segmented, compared.
+
+Everything goes the way of the command line: ingest, train, segment, on whole held-back slices. Each case holds back for
+the comparison what the training never sees, not even to choose its weights.
+
+    python tests/benchmarks/bench_recipes.py CASE [--fold N] [--recipe NAME|TOML] [--steps N] [--minutes M] [--seed N]
+
+V_rand and V_info are the foreground-restricted scores of Arganda-Carreras et al. 2015 (doi:10.3389/fnana.2015.00142),
+the best over thresholds, after the borders are thinned to lines.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import h5py
+import imagecodecs
+import numpy as np
+import tifffile
+import zarr
+from scipy.ndimage import label as components
+from scipy.sparse import coo_matrix
+from skimage.morphology import skeletonize
+
+from pipeline.compute.runner import run_serial
+from pipeline.ingest import ingest, ingest_labels
+from pipeline.labels.metrics import ContingencyTable
+from pipeline.plan import plan_segment
+from pipeline.segment import segment
+from pipeline.store.image import open_image
+from pipeline.store.labels import open_labels
+from pipeline.store.location import Location
+from pipeline.train import train
+from pipeline.unet.borders import Separated
+from pipeline.unet.course import Validation
+from pipeline.unet.recipe import load_recipe
+
+THRESHOLDS = np.arange(0.1, 0.95, 0.1)
+FOLDS = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 24))
+
+
+@dataclass
+class Part:
+    """A scan with its truth, and the voxel size that it is ingested with."""
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    voxel_size_um: tuple[float, ...] | None = None
+
+
+def read(path):
+    return tifffile.imread(path) if Path(path).suffix == ".tif" else imagecodecs.imread(str(path))
+
+
+def membranes(data, fold):
+    folder = data / "isbi2012"
+    voxels, truth = read(folder / "train-volume.tif"), read(folder / "train-labels.tif")
+    parts = [Part(f"slices{a}-{b}", voxels[a:b], truth[a:b], (0.05, 0.004, 0.004)) for a, b in FOLDS]
+    return [part for number, part in enumerate(parts) if number != fold], [], [parts[fold]]
+
+
+def nuclei(data, fold, kind, channels):
+    folder, parts = data / "dsb2018", []
+    for row in csv.DictReader((folder / "index.csv").open()):
+        if row["kind"] != kind:
+            continue
+        picture = read(folder / "images" / f"{row['file']}.png")[..., :3]
+        truth = read(folder / "labels" / f"{row['file']}.png")
+        parts.append(Part(row["file"], picture[..., 0] if channels == 1 else picture, truth))
+    test = parts[fold::5]
+    rest = [part for part in parts if all(part is not each for each in test)]
+    return rest[: -len(rest) // 8], rest[-len(rest) // 8 :], test
+
+
+def phase(data, fold):
+    sets = sorted((data / "usiigaci_phase").glob("train_set*"))
+    parts = [Part(each.name, read(each / "raw.tif"), read(each / "instances_ids.png")) for each in sets]
+    test = parts[fold]
+    rest = [part for part in parts if part is not test]
+    return rest[:-1], rest[-1:], [test]
+
+
+def bodies(data, fold):
+    voxels = read(data / "fib25" / "grayscale.tif")
+    with h5py.File(data / "fib25" / "bodies.h5") as file:
+        truth = file["bodies"][:].astype(np.uint32)
+    size = (0.01, 0.01, 0.01)
+    return [Part("first", voxels[:135], truth[:135], size)], [], [Part("last", voxels[135:], truth[135:], size)]
+
+
+CASES = {
+    "membrane2d": membranes,
+    "nuclei2d": lambda data, fold: nuclei(data, fold, "gray_dark", 1),
+    "slide-tissue": lambda data, fold: nuclei(data, fold, "colour_bright", 3),
+    "cells-phase": phase,
+    "boundary3d": bodies,
+}
+
+
+def images_of(parts, folder):
+    """Ingest the parts; returns the paths of the images."""
+    paths = []
+    for part in parts:
+        image, scan = folder / f"{part.name}.zarr", folder / f"{part.name}.tif"
+        if not image.exists():
+            colour = part.image.ndim > part.truth.ndim
+            tifffile.imwrite(scan, part.image, photometric="rgb" if colour else "minisblack")
+            ingest(str(scan), str(image), voxel_size_um=part.voxel_size_um)
+            tifffile.imwrite(scan, part.truth, photometric="minisblack")
+            ingest_labels(str(scan), image=str(image), name="truth")
+            scan.unlink()
+        paths.append(str(image))
+    return paths
+
+
+def boundary_scores(boundary, truth):
+    """Return (V_rand, V_info) of the components between boundaries, both arrays (z, y, x), slice by slice."""
+    best = [0.0, 0.0]
+    for threshold in THRESHOLDS:
+        scores = []
+        for likely, interior in zip(boundary, truth, strict=True):
+            lines = skeletonize(likely > threshold)
+            scores.append(scores_of(components(~lines)[0], components(interior)[0]))
+        best = [max(b, float(np.mean(s))) for b, s in zip(best, zip(*scores, strict=True), strict=True)]
+    return tuple(best)
+
+
+def scores_of(found, true):
+    """Return the Rand and information scores of two segmentations, over the voxels that are in the truth's foreground.
+
+    A voxel on a boundary of what was found is a segment of its own.
+    """
+    counted = true > 0
+    found, true = found[counted].astype(np.int64), true[counted]
+    alone = found == 0
+    found[alone] = found.max() + 1 + np.arange(alone.sum())
+    joint = coo_matrix((np.ones(len(found)), (found, true))).tocsr()
+    joint.sum_duplicates()
+    p, s, t = (each / len(found) for each in (joint.data, joint.sum(1).A1, joint.sum(0).A1))
+    p, s, t = p[p > 0], s[s > 0], t[t > 0]
+    rand = 2 * (p**2).sum() / ((s**2).sum() + (t**2).sum())
+    h_s, h_t = -(s * np.log(s)).sum(), -(t * np.log(t)).sum()
+    mutual = h_s + h_t + (p * np.log(p)).sum()
+    return rand, 2 * mutual / (h_s + h_t) if h_s + h_t else 1.0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--recipe")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench/recipes"))
+    args = parser.parse_args()
+    learn, check, test = CASES[args.case](Path(os.environ["HALOSEG_DATA"]), args.fold)
+    recipe = load_recipe(args.recipe or args.case)
+    recipe = replace(recipe, steps=args.steps) if args.steps else recipe
+    data = args.folder / args.case
+    data.mkdir(parents=True, exist_ok=True)
+    learn, check, tested = (images_of(parts, data) for parts in (learn, check, test))
+    name = f"{Path(args.recipe or args.case).stem}-{args.fold}-{args.seed}"
+    model, begin = data / f"{name}.safetensors", cpu_s()
+
+    def tell(now: Validation) -> None:
+        print(f"step {now.step}: {now.train_loss:.4f}, held out {now.loss:.4f}, Dice {now.dice}", flush=True)
+
+    result = train(
+        learn, labels="truth", model=str(model), recipe=recipe, held_out=check, minutes=args.minutes, seed=args.seed,
+        device=args.device, on_progress=tell,
+    )  # fmt: skip
+    trained_s = cpu_s() - begin
+    found = score(args.case, tested, test, model=model, name=name, values=result.model.class_values)
+    row = {
+        "case": args.case, "fold": args.fold, "seed": args.seed, "recipe": args.recipe or args.case,
+        "steps": result.n_steps, "best_step": result.best.step, "train_cpu_s": trained_s, "train_s": result.wall_s,
+        **found,
+    }  # fmt: skip
+    with (args.folder / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+def score(case, images, parts, *, model, name, values):
+    """Return Dice of each class over all held-back scans, and for membranes the scores of boundaries."""
+    instances = case != "membrane2d"
+    table, rand, info, error = ContingencyTable.empty(len(values)), [], [], []
+    for path, part in zip(images, parts, strict=True):
+        plan = plan_segment(path, model=str(model), name=name, probabilities=not instances)
+        done = segment(plan, run=run_serial)
+        got = np.asarray(open_labels(done.labels.location).array[:])
+        truth = np.asarray(open_labels(Location(path) / "labels" / "truth").array[:])
+        want = inside(truth, open_image(path)) if instances else np.searchsorted(values, truth)
+        table += ContingencyTable.of(got, want.astype(np.uint8), values=tuple(range(len(values))))
+        if not instances:
+            likely = np.asarray(zarr.open_array(str(plan.probabilities.location / "0"), mode="r")[0])
+            scores = boundary_scores(likely, part.truth > 0)
+            rand.append(scores[0]), info.append(scores[1])
+            error.append(float(((likely < 0.5) != (part.truth > 0)).mean()))
+    figures = table.figures()
+    more = {"v_rand": np.mean(rand), "v_info": np.mean(info), "pixel_error": np.mean(error)} if rand else {}
+    return {"dice": [each.dice for each in figures.classes], "accuracy": figures.accuracy, **more}
+
+
+def inside(instances, image):
+    """Return where instances are, without the gaps between those that touch, as the training sees them."""
+    n = instances.ndim
+    dims = 2 if n == 2 or len(image.spatial_shape) != n else 3
+    return np.asarray(Separated(instances, tuple(range(n - dims, n)), None)[(slice(None),) * n])
+
+
+def cpu_s():
+    """Return the processor time of this process so far, on all cores, seconds."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    begin = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - begin:.0f} s")
