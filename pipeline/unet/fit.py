@@ -16,6 +16,7 @@ from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
 from pipeline.unet.batches import batches, network_seed
 from pipeline.unet.checkpoint import Checkpoint, CheckpointFile
 from pipeline.unet.course import Validation, best_of, is_best, is_over, rate
+from pipeline.unet.engine import keep_freed_memory
 from pipeline.unet.learner import Learner
 from pipeline.unet.losses import Objective, balanced
 from pipeline.unet.patches import Patches
@@ -64,6 +65,7 @@ def fit(
     ModelError : the checkpoint is damaged.
     BudgetError : a batch does not fit the device.
     """
+    keep_freed_memory()  # a step takes and frees the same again: 1.1 times as fast on the CPU
     begin, losses, n = perf_counter(), list[float](), recipe.batch_size(patches.n_axes)
     before = (checkpoint.load() if checkpoint else None) or Checkpoint(0.0, (), {}, {})
     with _same_each_time(seed), _memory(recipe):
