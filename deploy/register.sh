@@ -13,7 +13,8 @@ export HALOSEG_HOME=${HALOSEG_HOME:-$PWD}
 : "${HALOSEG_CLUSTER:?must be the address of the Dask scheduler, such as tls://dask-scheduler:8786}"
 : "${HALOSEG_ROOTS:?must be the folders or URL prefixes that flows may use, comma-separated}"
 : "${HALOSEG_ARCHIVE:?must be the folder or URL of the archive that the nightly run segments}"
-: "${HALOSEG_MODEL:?must be the path or URL of the model file of the nightly run}"
+: "${HALOSEG_MODEL:?must be the name, path or URL of the model of the nightly run}"
+: "${HALOSEG_MODELS:?must be the folder or URL prefix where models lie by name, within HALOSEG_ROOTS}"
 export HALOSEG_IMAGE=${HALOSEG_IMAGE:-}
 export HALOSEG_TRAIN_GPUS=${HALOSEG_TRAIN_GPUS:-0}
 

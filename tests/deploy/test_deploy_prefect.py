@@ -19,7 +19,8 @@ DEPLOYMENTS = {each["name"]: each for each in PREFECT["deployments"]}
 AUTOMATIONS = {each["name"]: each for each in load("automations.yaml")["automations"]}
 GIVEN = {
     "HALOSEG_CLUSTER": "tls://dask-scheduler:8786", "HALOSEG_ROOTS": "/data,s3://scans", "HALOSEG_ARCHIVE": "/data/in",
-    "HALOSEG_MODEL": "/data/model.safetensors", "HALOSEG_IMAGE": "haloseg:0.1.0-cpu", "HALOSEG_TRAIN_GPUS": "1",
+    "HALOSEG_MODEL": "cells", "HALOSEG_MODELS": "/data/models", "HALOSEG_IMAGE": "haloseg:0.1.0-cpu",
+    "HALOSEG_TRAIN_GPUS": "1",
 }  # fmt: skip
 AUTH = ("haloseg", "not:a real one")
 
@@ -140,7 +141,7 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
     assert sorted(each["name"] for each in automations) == sorted(AUTOMATIONS)
     nightly = made["archive-nightly"]
     assert nightly["parameters"] == {
-        "archive": "/data/in", "model": "/data/model.safetensors", "cluster": GIVEN["HALOSEG_CLUSTER"],
+        "archive": "/data/in", "model": "cells", "cluster": GIVEN["HALOSEG_CLUSTER"],
         "budget_hours": 11,
     }  # fmt: skip
     assert nightly["job_variables"]["env"]["HALOSEG_ROOTS"] == "/data,s3://scans"

@@ -2,9 +2,10 @@ import pytest
 
 from pipeline.errors import ArgumentError
 from pipeline.unet.augment import Augmentation
+from pipeline.unet.learner import training_rule
 from pipeline.unet.losses import Loss
-from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe
-from pipeline.unet.settings import Head, Padding, UNetSettings
+from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe, shipped
+from pipeline.unet.settings import Head, Padding, UNetSettings, closed_form_rule
 
 
 def written(tmp_path, text):
@@ -119,3 +120,27 @@ def test_patches_are_multiples_of_the_stride():
     assert Recipe().patch_core(settings) == 128
     with pytest.raises(ArgumentError, match="multiple of the stride 8, got 100; use 104"):
         Recipe(patch=100).patch_core(settings)
+
+
+DESCRIBED = (shipped()["unet2015"].parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_recipe_that_ships_is_legal_and_described(name):
+    recipe = load_recipe(name)
+    for dims in [recipe.dims] if recipe.dims else [2, 3]:
+        settings = recipe.network(dims=dims, in_channels=1, n_classes=2)
+        tile = training_rule(settings).tile_shape((recipe.patch_core(settings),) * dims)
+        recipe.augmentation.check(tile, spacing=(1.0,) * dims)
+    assert f"| `{name}` |" in DESCRIBED
+    assert shipped()[name].read_text().startswith("# ")
+
+
+def test_unet2015_is_the_network_and_the_tile_of_the_paper():
+    recipe = load_recipe("unet2015")
+    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
+    rule = closed_form_rule(settings)
+    assert rule.tile_shape((recipe.patch_core(settings),) * 2) == (572, 572)
+    assert 572 - 2 * (rule.halo[0] - rule.trim[0]) == 388
+    assert (settings.width, settings.depth, settings.stride, recipe.batch, recipe.momentum) == (64, 4, 16, 1, 0.99)
+    assert (recipe.border_weight, recipe.border_sigma_voxels, recipe.augmentation.elastic_sigma_voxels) == (10, 5, 10)
