@@ -133,8 +133,7 @@ def _patches(
     images: list[Image], truths: list[Labels], *, settings: UNetSettings, recipe: Recipe, values: tuple[int, ...],
 ) -> Patches:
     """Return patches of whole images."""
-    size = recipe.patch_core(settings)
-    rule, core = training_rule(settings), (size,) * settings.dims
+    rule, core = training_rule(settings), settings.in_proportion(recipe.patch_core(settings))
     if len(images[0].spatial_shape) > settings.dims:
         rule, core = rule.over_slices(), (1, *core)
     spacing = _spacing(images[0], dims=settings.dims)

@@ -23,6 +23,7 @@ from pipeline.store.location import Location
 from pipeline.store.probabilities import Probabilities, check_same_probabilities
 from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
+from pipeline.unet.families import why_not_streamed
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import UNetSettings
@@ -122,7 +123,10 @@ def plan_segment(
     check_same_run(labels)
     n_likely = network.settings.n_classes if probabilities else 0
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
-    how = _tiled if scheme.tiled else _streamed
+    why = why_not_streamed(network.settings)
+    if why and scheme.streamed:
+        raise ArgumentError(f"a streamed network must be a plain U-Net, got another: {why}; leave --slab, --column out")
+    how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, 1 + 4 * n_likely)
     return Plan(
         of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,

@@ -13,7 +13,7 @@ from volumes import model_file, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Scheme
-from pipeline.errors import QuarantineError, RunError, StoreError
+from pipeline.errors import ArgumentError, QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
@@ -21,6 +21,7 @@ from pipeline.store.arrays import open_array
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
+from pipeline.unet.families import why_not_streamed
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 from pipeline.works.columns import SegmentColumns
 
@@ -34,6 +35,10 @@ CASES = {
         (100, 77), UNetSettings(dims=2, width=3, depth=2, n_classes=3, padding=Padding.SAME, batch_norm=True)
     ),
     "2-D over a volume": ((5, 60, 41), UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME)),
+    "thick slices": (
+        (7, 33, 41), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, poolings=((1, 2, 2), (2, 2, 2)))
+    ),
+    "attention": ((50, 37), UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME, attention=True)),
     "one voxel": ((1, 1), UNetSettings(dims=2, width=2, depth=2, padding=Padding.VALID)),
     "smaller than the halo": ((3, 2, 4), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME)),
 }  # fmt: skip
@@ -59,6 +64,10 @@ def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, s
         "tiles": Scheme(tile=smallest), "reference": Scheme(tile=smallest, engine=EngineName.REFERENCE),
         "chosen": Scheme(engine=EngineName.REFERENCE),
     }  # fmt: skip
+    if why_not_streamed(settings):
+        with pytest.raises(ArgumentError, match="must be a plain U-Net, got another: .* leave --slab, --column out"):
+            plan_segment(image, model=model, name="thin", scheme=schemes.pop("thin"))
+        assert plan_segment(image, model=model, name="x").columns is None
     for name, scheme in schemes.items():
         plan = plan_segment(image, model=model, name=name, scheme=scheme, probabilities=True)
         segment(plan, run=run_serial)

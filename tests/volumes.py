@@ -34,8 +34,8 @@ def model_file(path, settings=None, *, seed=0, **about):
                 buffer.normal_(0, 0.1)
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
-        size = settings.legal_size(4 * settings.stride + 2 * settings.loss)
-        logits = network(torch.randn(1, settings.in_channels, *(size,) * settings.dims))
+        shape = closed_form_rule(settings).tile_shape((4 * settings.stride,) * settings.dims)
+        logits = network(torch.randn(1, settings.in_channels, *shape))
         middle = logits.flatten(2).median(dim=2).values[0]
         network.head.bias -= middle
     fields = {

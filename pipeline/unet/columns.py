@@ -16,7 +16,8 @@ from math import ceil, prod
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.unet.cost import stream_bytes, weight_bytes
-from pipeline.unet.layers import Chain, Up, chain_of, lags, multiply_adds, spans
+from pipeline.unet.families import chain_of
+from pipeline.unet.layers import Chain, Up, lags, multiply_adds, spans
 from pipeline.unet.settings import UNetSettings
 
 # Bytes of the largest layer's slab: smaller ones fall out of the processor's caches late, larger ones feed a GPU.
@@ -152,13 +153,14 @@ class Streaming:
 
     def _parts(self, core: tuple[int, ...], axis: int) -> Iterator[tuple[int, ...]]:
         """Yield the column's cross-section, slice by slice for a 2-D network, then halves of it, and so on."""
-        slices, stride = self.n_slice_axes, self.settings.stride
+        slices = self.n_slice_axes
+        strides = (*(1,) * slices, *self.settings.strides)
         part = (*(1,) * slices, *core[slices:])
         yield part
         cross = [at for at in range(slices, len(core)) if at != axis]
-        while (longest := max(part[at] for at in cross)) > stride:
-            at = next(at for at in cross if part[at] == longest)
-            part = (*part[:at], -(-longest // (2 * stride)) * stride, *part[at + 1 :])
+        while wide := [at for at in cross if part[at] > strides[at]]:
+            at = max(wide, key=lambda each: part[each])
+            part = (*part[:at], -(-part[at] // (2 * strides[at])) * strides[at], *part[at + 1 :])
             yield part
 
     def _slabs(self, part: tuple[int, ...], axis: int, given: int | None) -> list[int]:
@@ -193,11 +195,11 @@ class Streaming:
         grid, total = columns.grid(self.shards), 1
         chain = chain_of(self.settings)
         for at, (size, core, chunk) in enumerate(zip(grid.shape, grid.core_shape, self.chunk_shape, strict=True)):
-            read = 0
+            read, along = 0, at - self.n_slice_axes
             for start in range(0, size, core):
                 low, high = start, min(size, start + core)
-                if at >= self.n_slice_axes:
-                    low, high = (min(max(0, each), size) for each in spans(chain, (low, high))[0])
+                if along >= 0:
+                    low, high = (min(max(0, each), size) for each in spans(chain, (low, high), along)[0])
                 if at == columns.axis:
                     low, high = low // chunk * chunk, min(size, -(-high // chunk) * chunk)
                 read += high - low
@@ -220,14 +222,14 @@ class Streaming:
         """Return the multiplications of one column of this shape, warm-up and part-filled slabs included."""
         chain = chain_of(self.settings)
         lengths = []
-        for at, (size, part) in enumerate(zip(shape, columns.part_shape, strict=True)):
-            if at < self.n_slice_axes:
+        for along, (size, part) in enumerate(zip(shape, columns.part_shape, strict=True), start=-self.n_slice_axes):
+            if along < 0:
                 lengths.append([size] * len(chain))
-            elif at == columns.axis:
-                lengths.append(_rows_made(chain, size, columns.slab))
+            elif along == columns.axis - self.n_slice_axes:
+                lengths.append(_rows_made(chain, size, columns.slab, along))
             else:
                 cuts = [min(part, size - start) for start in range(0, size, part)]
-                lengths.append([sum(each) for each in zip(*(_cross_made(chain, n) for n in cuts), strict=True)])
+                lengths.append([sum(each) for each in zip(*(_cross_made(chain, n, along) for n in cuts), strict=True)])
         made = zip(chain, zip(*lengths, strict=True), strict=True)
         return sum(multiply_adds(layer, self.settings) * prod(extent) for layer, extent in made)
 
@@ -235,19 +237,19 @@ class Streaming:
         """Return the bytes of one worker: line buffers, waiting skips, the layer at work, voxels and results."""
         slices, axis = self.n_slice_axes, columns.axis
         part = columns.part_shape
-        across = [at for at in range(slices, len(part)) if at != axis]
+        order = (axis - slices, *(at for at in range(self.settings.dims) if at != axis - slices))
         chain = chain_of(self.settings)
-        cross = [spans(chain, (0, part[at])) for at in across]
+        cross = [spans(chain, (0, part[slices + at]), at) for at in order[1:]]
         network = stream_bytes(
-            chain, tuple(zip(*cross, strict=True)), slab=columns.slab, itemsize=self.itemsize,
+            chain, tuple(zip(*cross, strict=True)), order=order, slab=columns.slab, itemsize=self.itemsize,
             in_channels=self.settings.in_channels,
         )  # fmt: skip
-        return network + weight_bytes(chain, self.settings, itemsize=self.itemsize) + self._buffer_bytes(columns, chain)
+        return network + weight_bytes(chain, itemsize=self.itemsize) + self._buffer_bytes(columns, chain)
 
     def _buffer_bytes(self, columns: Columns, chain: Chain) -> int:
         """Return the bytes of voxels that were read and of results that are not written yet."""
         core, axis = self._core(columns.blocks), columns.axis
-        halo = [0] * self.n_slice_axes + [-spans(chain, (0, 1))[0][0]] * self.settings.dims
+        halo = [0] * self.n_slice_axes + [-spans(chain, (0, 1), at)[0][0] for at in range(self.settings.dims)]
         area = prod(n + 2 * h for at, (n, h) in enumerate(zip(core, halo, strict=True)) if at != axis)
         in_parts = columns.part_shape[:axis] + columns.part_shape[axis + 1 :] != core[:axis] + core[axis + 1 :]
         chunk = self.chunk_shape[axis]
@@ -260,19 +262,21 @@ class Streaming:
         return rows * area * self.voxel_bytes + ahead + written
 
 
-def _rows_made(chain: Chain, n_rows: int, slab: int) -> list[int]:
+def _rows_made(chain: Chain, n_rows: int, slab: int, axis: int) -> list[int]:
     """Return the rows that each layer makes for ``n_rows`` of the output, in whole slabs."""
-    made = []
-    for layer, (start, stop), lag in zip(chain, spans(chain, (0, n_rows))[1:], lags(chain)[1:], strict=True):
-        n = slab >> layer.level
+    made, ends = [], lags(chain, axis)[1:]
+    for layer, (start, stop), lag in zip(chain, spans(chain, (0, n_rows), axis)[1:], ends, strict=True):
+        n = slab // layer.scale[axis]
         made.append((-((lag - stop) // n) - (start - lag) // n) * n)
     return made
 
 
-def _cross_made(chain: Chain, extent: int) -> list[int]:
+def _cross_made(chain: Chain, extent: int, axis: int) -> list[int]:
     """Return the extent of what each layer makes for a core of this extent; upsampling makes whole pairs."""
-    lengths = [stop - start for start, stop in spans(chain, (0, extent))]
-    return [2 * lengths[at] if isinstance(layer, Up) else lengths[at + 1] for at, layer in enumerate(chain)]
+    lengths = [stop - start for start, stop in spans(chain, (0, extent), axis)]
+    return [
+        layer.factor[axis] * lengths[at] if isinstance(layer, Up) else lengths[at + 1] for at, layer in enumerate(chain)
+    ]
 
 
 def _shares(n: int, *, most: int) -> list[int]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import Precision
-from pipeline.unet.layers import Chain, Conv, Join, Pool, Up, chain_of
-from pipeline.unet.network import UNet, centre, channels_last
+from pipeline.unet.families import chain_of
+from pipeline.unet.layers import Activate, Axes, Chain, Conv, Interpolate, Layer, Pool, Stride, Up
+from pipeline.unet.network import UNet, channels_last, pooled
+from pipeline.unet.passes import combined, interpolated, run
 from pipeline.unet.settings import Padding, Upsampling
 
 # float32 lanes of an AVX-512 vector; oneDNN rounds the channels of a convolution's output up to them
@@ -45,41 +47,78 @@ class Engine:
         self.chain: Chain = chain_of(network.settings)
         self._parameters = [self._parameters_of(network, at) for at in range(len(self.chain))]
 
-    def conv(self, at: int, x: Tensor, *, padding: int = 0) -> Tensor:
-        """Return the output of the convolution at this place of the chain, and of its ReLU."""
+    def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
+        """Return the output of the convolution at this place of the chain, and of its ReLU.
+
+        Parameters
+        ----------
+        padding : zeros on each side, along the engine's axes; none where it is empty
+        """
         weight, bias = self._parameters[at]
         convolve = functional.conv2d if self.dims == 2 else functional.conv3d
-        y = convolve(x, weight, bias, padding=padding)
+        y = convolve(x, weight, bias, padding=padding or 0)
         return y.relu_() if self._layer(at).relu else y
 
     def up(self, at: int, x: Tensor) -> Tensor:
-        """Return twice the resolution."""
+        """Return the finer resolution."""
         weight, bias = self._parameters[at]
+        factor = self.ordered(self._factor(at))
         if self.settings.up is Upsampling.RESIZE:
             convolve = functional.conv2d if self.dims == 2 else functional.conv3d
-            return functional.interpolate(convolve(x, weight, bias), scale_factor=2, mode="nearest")
+            scale = tuple(map(float, factor))
+            return functional.interpolate(convolve(x, weight, bias), scale_factor=scale, mode="nearest")
         transposed = functional.conv_transpose2d if self.dims == 2 else functional.conv_transpose3d
-        return transposed(x, weight, bias, stride=2)
+        return transposed(x, weight, bias, stride=factor)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of a tile that the network takes, (batch, n_classes, *spatial), by one pass."""
-        padded = self.settings.padding is Padding.SAME
-        skips = {layer.skip: at for at, layer in enumerate(self.chain) if isinstance(layer, Join)}
-        waiting: dict[int, Tensor] = {}
-        x = x.to(self.dtype)
-        for at, layer in enumerate(self.chain):
-            match layer:
-                case Conv():
-                    x = self.conv(at, x, padding=layer.reach if padded else 0)
-                case Pool():
-                    x = (functional.max_pool2d if self.dims == 2 else functional.max_pool3d)(x, 2)
-                case Up():
-                    x = self.up(at, x)
-                case Join():
-                    x = torch.cat((centre(waiting.pop(at), tuple(x.shape[2:])), x), dim=1)
-            if (join := skips.get(at + 1)) is not None:
-                waiting[join] = x
-        return x
+        return run(self.chain, x.to(self.dtype), self._compute)[-1]
+
+    def _compute(self, at: int, layer: Layer, inputs: list[Tensor]) -> Tensor:
+        """Return what a layer makes."""
+        if layer.skips:
+            return combined(layer, inputs)
+        source = inputs.pop()
+        match layer:
+            case Conv():
+                same = self.settings.padding is Padding.SAME
+                return self.conv(at, source, padding=self.ordered(layer.reach) if same else ())
+            case Stride():
+                return self._strided(at, layer, source)
+            case Pool():
+                return pooled(source, self.ordered(layer.factor))
+            case Up():
+                return self.up(at, source)
+            case Interpolate():
+                return self._interpolated(at, layer, source)
+            case Activate():
+                return self._activated(at, source)
+        raise TypeError(f"layer {at} takes several tensors: {layer}")
+
+    def _strided(self, at: int, layer: Stride, x: Tensor) -> Tensor:
+        weight, bias = self._parameters[at]
+        convolve = functional.conv2d if self.dims == 2 else functional.conv3d
+        y = convolve(x, weight, bias, stride=self.ordered(layer.factor))
+        return y.relu_() if layer.relu else y
+
+    def _interpolated(self, at: int, layer: Interpolate, x: Tensor) -> Tensor:
+        factor = self.ordered(layer.factor)
+        if not layer.name:
+            return interpolated(x, factor)
+        weight, bias = self._parameters[at]
+        transposed = functional.conv_transpose2d if self.dims == 2 else functional.conv_transpose3d
+        return transposed(x, weight, bias, stride=factor, padding=tuple(f // 2 for f in factor))
+
+    def _activated(self, at: int, x: Tensor) -> Tensor:
+        weight, bias = self._parameters[at]
+        if bias is None:
+            return x.relu()
+        shape = (1, -1, *(1,) * self.dims)
+        return torch.addcmul(bias.reshape(shape), x, weight.reshape(shape)).relu_()
+
+    def ordered(self, each: Axes) -> Axes:
+        """Return one number per axis of the network as the engine's axes have them."""
+        return tuple(each[axis] for axis in self.order)
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """Return a tensor of (batch, channels, *spatial) with undefined voxels."""
@@ -93,13 +132,23 @@ class Engine:
             raise TypeError(f"layer {at} is no convolution: {layer}")
         return layer
 
+    def _factor(self, at: int) -> Axes:
+        layer = self.chain[at]
+        if not isinstance(layer, Up):
+            raise TypeError(f"layer {at} does not refine: {layer}")
+        return layer.factor
+
     def _parameters_of(self, network: UNet, at: int) -> tuple[Tensor, Tensor | None]:
         layer = self.chain[at]
-        if not isinstance(layer, Conv | Up):
+        norm = network.get_submodule(layer.norm) if isinstance(layer, Conv | Stride | Activate) and layer.norm else None
+        if isinstance(layer, Activate) and norm is not None:
+            scale, shift = _scaling(norm)
+            return scale.to(self.device, self.dtype), shift.to(self.device, self.dtype)
+        if not isinstance(layer, Conv | Stride | Up | Interpolate) or not layer.name:
             return torch.empty(0), None
         module = network.get_submodule(layer.name)
         convolution = module[0] if isinstance(module, nn.Sequential) else module
-        weight, bias = _folded(convolution, _norm_after(network, layer))
+        weight, bias = _folded(convolution, norm)
         return self._prepared(at, weight.permute(0, 1, *(2 + axis for axis in self.order)), bias)
 
     def _prepared(self, at: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -122,15 +171,15 @@ class OneDnnEngine(Engine):
         self._packed: dict[int, tuple[int, Tensor, Tensor]] = {}
         super().__init__(network, device=device, dtype=dtype, first=first)
 
-    def conv(self, at: int, x: Tensor, *, padding: int = 0) -> Tensor:
+    def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
         """Return the output of the convolution at this place of the chain, and of its ReLU."""
         layer = self._layer(at)
         n_packed, weight, bias = self._packed.get(at, (1, *self._parameters[at]))
-        if n_packed > 1 and (padding or (x.shape[-1] - 2 * layer.reach) % n_packed):
+        if n_packed > 1 and (any(padding) or (x.shape[-1] - 2 * self.ordered(layer.reach)[-1]) % n_packed):
             n_packed, (weight, bias) = 1, self._parameters[at]
         n, relu = self.dims, "relu" if layer.relu else "none"
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, [padding] * n, [1] * (n - 1) + [n_packed], [1] * n, 1, relu, [], ""
+            x, weight, bias, list(padding or (0,) * n), [1] * (n - 1) + [n_packed], [1] * n, 1, relu, [], ""
         )
         if n_packed == 1:
             return y
@@ -143,8 +192,9 @@ class OneDnnEngine(Engine):
         if not isinstance(layer, Conv):
             return weight, bias
         n_packed = _LANES // layer.out if _LANES % layer.out == 0 else 1
-        if n_packed > 1 and layer.reach and bias is not None:
-            kernel = 2 * layer.reach + 1
+        reach = self.ordered(layer.reach)[-1]
+        if n_packed > 1 and reach and bias is not None:
+            kernel = 2 * reach + 1
             wide = weight.new_zeros((n_packed, *weight.shape[:-1], kernel + n_packed - 1))
             for shift in range(n_packed):
                 wide[shift, ..., shift : shift + kernel] = weight
@@ -170,24 +220,21 @@ def _has_onednn() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-def _norm_after(network: UNet, layer: Conv | Up) -> nn.Module | None:
-    """Return the BatchNorm that follows a convolution, if one does."""
-    if not network.settings.batch_norm or not isinstance(layer, Conv) or not layer.relu:
-        return None
-    parent, _, at = layer.name.rpartition(".")
-    return network.get_submodule(f"{parent}.{int(at) + 1}")
-
-
 def _folded(convolution: Any, norm: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401 modules of either dimension
     """Return weight and bias, float64, of a convolution and the frozen normalisation after it as one convolution."""
     weight = convolution.weight.detach().double()
     bias = None if convolution.bias is None else convolution.bias.detach().double()
     if norm is None:
         return weight, bias
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    shift = norm.bias.double() - norm.running_mean.double() * scale
+    scale, shift = _scaling(norm)
     weight = weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
     return weight, shift if bias is None else bias * scale + shift
+
+
+def _scaling(norm: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 modules of either dimension
+    """Return the frozen normalisation as factor and summand of each channel, float64."""
+    scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
 
 
 @cache

@@ -61,8 +61,9 @@ class Learner:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         images = batch.images.contiguous(memory_format=channels_last(self.network.settings.dims))
-        logits = core_of(self.network(images), self.network.settings)
-        loss = self.objective(logits, batch.classes, batch.borders)
+        every = [core_of(logits, self.network.settings) for logits in self.network.supervised(images)]
+        losses = [self.objective(logits, batch.classes, batch.borders) for logits in every]
+        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)

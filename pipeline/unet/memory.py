@@ -1,7 +1,7 @@
 """How much memory a tile takes, known before it is run, and the tile that a budget allows.
 
 The layers of one pass are gone through in order, and the tensors that are alive at each are added up: the network's
-input, skips that wait for their level, what the level's convolutions began with, and what the layer takes and makes.
+input, those that a later layer takes, and what the layer itself takes and makes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from math import prod
 from pipeline.errors import BudgetError
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.cost import weight_bytes
-from pipeline.unet.layers import Conv, Join, Pool, Up, chain_of
+from pipeline.unet.families import chain_of
+from pipeline.unet.layers import Conv, Stride, Up, last_uses, shapes
 from pipeline.unet.model import Model
-from pipeline.unet.settings import Padding, UNetSettings, Upsampling
+from pipeline.unet.settings import Block, UNetSettings, Upsampling
 
 # What the heap grows to, of the live bytes, where freed memory is kept: 1.1 to 2.35 for 7 networks, 2-D and 3-D, valid
 # and same, of 4 to 32 channels; test_unet_memory.py measures some of them again. Streams allocate once: 1.2.
 ALLOCATOR = 2.5
+# The same where layers branch within a level, by residuals or gates, and free tensors in another order: up to 2.8.
+BRANCHING = 3.0
 _FLOAT = 4
 
 
@@ -36,10 +39,11 @@ def peak_bytes(settings: UNetSettings, tile_shape: tuple[int, ...], *, n_slices:
     ------
     ArgumentError : the network does not accept such a tile.
     """
-    for size in tile_shape:
-        settings.check_size(size)
-    weights = weight_bytes(chain_of(settings), settings, itemsize=_FLOAT)
-    return weights + int(ALLOCATOR * _FLOAT * n_slices * _live_floats(settings, tile_shape))
+    for axis, size in enumerate(tile_shape):
+        settings.check_size(size, axis)
+    weights = weight_bytes(chain_of(settings), itemsize=_FLOAT)
+    held = BRANCHING if settings.attention or settings.block is not Block.PLAIN else ALLOCATOR
+    return weights + int(held * _FLOAT * n_slices * _live_floats(settings, tile_shape))
 
 
 def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,36 +87,18 @@ def _by_halo_overhead(rule: TileRule, largest_core: tuple[int, ...]) -> Iterator
 @lru_cache(maxsize=1024)
 def _live_floats(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
     """Return how many numbers are alive at the worst moment of a pass, the classes at its end included."""
-    shape, channels = list(tile_shape), settings.in_channels
-    sizes = [entering := channels * prod(shape)]
-    loss = 2 if settings.padding is Padding.VALID else 0
-    chain, most, began = chain_of(settings), 0, entering
-    joins = {layer.skip for layer in chain if isinstance(layer, Join)}
-    waiting: list[int] = []
-    for at, layer in enumerate(chain, start=1):
-        taken, others = sizes[-1], entering + sum(waiting)
-        match layer:
-            case Conv():
-                shape = [n - loss * layer.reach for n in shape]
-                made = layer.out * prod(shape)
-                normalised = made if settings.batch_norm and layer.relu else 0
-                alive = others + began + max(taken if taken != began else 0, normalised) + made
-            case Pool():
-                shape = [n // 2 for n in shape]
-                began = made = layer.out * prod(shape)
-                alive = others + made
-            case Up():
-                coarse = layer.out * prod(shape) if settings.up is Upsampling.RESIZE else 0
-                shape = [2 * n for n in shape]
-                made = layer.out * prod(shape)
-                alive = others + taken + coarse + made
-            case Join():
-                began = made = layer.out * prod(shape)
-                alive = others + taken + made
-                waiting.pop()
-        if at in joins:
-            waiting.append(made)
-        sizes.append(made)
-        most = max(most, alive)
-    logits = sizes[-1]
-    return max(most, entering + 2 * logits + 3 * prod(shape))
+    chain = chain_of(settings)
+    every, last = shapes(chain, tile_shape, settings.padding), last_uses(chain)
+    channels = [settings.in_channels, *(layer.out for layer in chain)]
+    sizes = [n * prod(shape) for n, shape in zip(channels, every, strict=True)]
+    most = 0
+    for at, layer in enumerate(chain):
+        alive = sizes[0] + sum(sizes[tensor] for tensor in range(1, at + 1) if last[tensor] >= at)
+        made = sizes[at + 1]
+        beside = 0  # what the layer makes on its way
+        if isinstance(layer, Conv | Stride) and layer.norm:
+            beside = made - (sizes[layer.source] if last[layer.source] == at and layer.source else 0)
+        elif isinstance(layer, Up) and settings.up is Upsampling.RESIZE:
+            beside = layer.out * prod(every[layer.source])
+        most = max(most, alive + made + max(0, beside))
+    return max(most, sizes[0] + 2 * sizes[-1] + 3 * prod(every[-1]))

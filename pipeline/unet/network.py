@@ -1,49 +1,42 @@
-"""UNet: one class for the networks of the two U-Net papers, for slides and for volumes.
+"""UNet: one class for the networks of the two U-Net papers and of the family around them, for slides and for volumes.
 
-Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Cicek et al. 2016, doi:10.1007/978-3-319-46723-8_49.
-
-    input ─ convs ───────────── crop, concatenate ─ convs ─ 1x1 ─ logits
-              └ pool ─ convs ─ crop, concatenate ─ convs ┘ up
-                         └ pool ─ convs ─ dropout ┘ up
+Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Cicek et al. 2016, doi:10.1007/978-3-319-46723-8_49; the
+others are named in ``settings``, and drawn in ``families``.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
 from math import prod, sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.layers import channels_of
+from pipeline.unet.families import program_of
+from pipeline.unet.layers import Activate, Axes, Conv, Interpolate, Layer, Pool, Stride, Up
+from pipeline.unet.passes import combined, interpolated, run
 from pipeline.unet.settings import Head, Padding, UNetSettings, Upsampling
 
 _CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_POOL: dict[int, type[nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 class UNet(nn.Module):
-    """A U-Net whose ``forward`` returns logits, shape (batch, classes, *spatial); see UNetSettings."""
+    """A network whose ``forward`` returns logits, shape (batch, classes, *spatial); see UNetSettings and ``families``.
+
+    Its modules have the names that the layers of its program have.
+    """
 
     def __init__(self, settings: UNetSettings) -> None:
         super().__init__()
-        self.settings = settings
-        levels = channels_of(settings)
-        ups = [fine[-1] if not settings.double_before_pooling else deep[-1] for fine, deep in pairwise(levels)]
-        self.contract = nn.ModuleList(_convs(chain, settings) for chain in levels[:-1])
-        self.pool = _POOL[settings.dims](2)
-        self.bottom = _convs(levels[-1], settings)
+        self.settings, self.program = settings, program_of(settings)
+        for layer in self.program.layers:
+            for name, module in modules_of(layer, settings):
+                self._put(name, module)
         self.dropout = nn.Dropout(settings.dropout)
-        self.up, self.expand = nn.ModuleList(), nn.ModuleList()
-        channels = levels[-1][-1]
-        for chain, up in zip(reversed(levels[:-1]), reversed(ups), strict=True):
-            self.up.append(_upsampling(channels, up, settings))
-            channels = chain[-1]
-            self.expand.append(_convs((up + channels, *(channels,) * settings.n_convs), settings))
-        self.head = _CONV[settings.dims](channels, settings.n_classes, 1)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,20 +44,53 @@ class UNet(nn.Module):
 
         Raises
         ------
-        ArgumentError : the input has other axes or channels, or a size that not every pooling can halve.
+        ArgumentError : the input has other axes or channels, or a size that not every pooling can divide.
         """
         self.check_shape(tuple(x.shape))
-        skips: list[Tensor] = []
-        for convs in self.contract:
-            skips.append(convs(x))
-            x = self.pool(skips[-1])
-        x = self.dropout(self.bottom(x))
-        for up, convs in zip(self.up, self.expand, strict=True):
-            x = up(x)
-            x = torch.cat((centre(skips.pop(), tuple(x.shape[2:])), x), dim=1)
-            x = convs(x)
-        logits: Tensor = self.head(x)
-        return logits
+        return run(self.program.layers, x, self._compute)[-1]
+
+    def supervised(self, x: Tensor) -> list[Tensor]:
+        """Return the logits that training compares with the truth, each for itself: one unless supervised deeply."""
+        self.check_shape(tuple(x.shape))
+        heads = self.program.heads
+        return run(self.program.layers, x, self._compute, keep=heads)[: len(heads)]
+
+    def _compute(self, at: int, layer: Layer, inputs: list[Tensor]) -> Tensor:
+        """Return what a layer makes."""
+        x = combined(layer, inputs) if layer.skips else self._one(layer, inputs)
+        return self.dropout(x) if at + 1 in self.program.dropped else x
+
+    def _one(self, layer: Layer, inputs: list[Tensor]) -> Tensor:
+        """Return what a layer makes of one tensor."""
+        match layer:
+            case Conv() | Stride():
+                x = self._by(layer.name, inputs.pop())
+                x = self._by(layer.norm, x) if layer.norm else x
+                return x.relu_() if layer.relu else x
+            case Activate():
+                return self._by(layer.norm, inputs.pop()).relu_() if layer.norm else inputs.pop().relu()
+            case Pool():
+                return pooled(inputs.pop(), layer.factor)
+            case Interpolate() if not layer.name:
+                return interpolated(inputs.pop(), layer.factor)
+            case Up() | Interpolate():
+                return self._by(layer.name, inputs.pop())
+        raise TypeError(f"layer {layer} takes several tensors")
+
+    def _by(self, name: str, x: Tensor) -> Tensor:
+        """Return what the module of this name makes."""
+        made: Tensor = self.get_submodule(name)(x)
+        return made
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        """Register a module under a dotted name."""
+        parent: nn.Module = self
+        *folders, last = name.split(".")
+        for folder in folders:
+            if folder not in parent._modules:
+                parent.add_module(folder, nn.ModuleList())
+            parent = parent.get_submodule(folder)
+        parent.add_module(last, module)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probability of each channel, same shape as the logits."""
@@ -78,8 +104,8 @@ class UNet(nn.Module):
                 f"input must have {settings.in_channels} channels and {settings.dims} spatial axes as (batch, channel, "
                 f"*spatial), got shape {shape}; use a model trained for such images"
             )
-        for size in shape[2:]:
-            settings.check_size(size)
+        for axis, size in enumerate(shape[2:]):
+            settings.check_size(size, axis)
 
 
 def channels_last(dims: int) -> torch.memory_format:
@@ -111,44 +137,61 @@ def classes_of(logits: Tensor, head: Head) -> Tensor:
     return classes.to(torch.uint8)
 
 
-def _convs(channels: tuple[int, ...], settings: UNetSettings) -> nn.Sequential:
-    """Return convolutions along the chain of channels, each followed by a ReLU."""
-    padding = settings.kernel // 2 if settings.padding is Padding.SAME else 0
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers.append(_CONV[settings.dims](before, after, settings.kernel, padding=padding))
-        if settings.batch_norm:
-            layers.append(_NORM[settings.dims](after))
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+def modules_of(layer: Layer, settings: UNetSettings) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with weights that a layer has, and their names."""
+    conv, transposed = _CONV[settings.dims], _TRANSPOSED[settings.dims]
+    match layer:
+        case Conv():
+            kernel = tuple(2 * reach + 1 for reach in layer.reach)
+            padding = layer.reach if settings.padding is Padding.SAME else 0
+            yield layer.name, conv(layer.into, layer.out, kernel, padding=padding)
+        case Stride():
+            yield layer.name, conv(layer.into, layer.out, layer.factor, stride=layer.factor)
+        case Up() if settings.up is Upsampling.TRANSPOSED:
+            bias = settings.up_bias
+            yield layer.name, transposed(layer.into, layer.out, layer.factor, stride=layer.factor, bias=bias)
+        case Up():
+            # A convolution of one voxel commutes with repeating voxels: on the coarse grid it costs 2**dims times less.
+            point = conv(layer.into, layer.out, 1, bias=settings.up_bias)
+            repeat = nn.Upsample(scale_factor=tuple(map(float, layer.factor)), mode="nearest")
+            yield layer.name, nn.Sequential(point, repeat)
+        case Interpolate() if layer.name:
+            kernel = tuple(2 * f if f > 1 else 1 for f in layer.factor)
+            padding = tuple(f // 2 for f in layer.factor)
+            yield layer.name, transposed(layer.out, layer.out, kernel, stride=layer.factor, padding=padding)
+    if isinstance(layer, Conv | Stride | Activate) and layer.norm:
+        yield layer.norm, _NORM[settings.dims](layer.out)
 
 
-def _upsampling(before: int, after: int, settings: UNetSettings) -> nn.Module:
-    if settings.up is Upsampling.TRANSPOSED:
-        return _TRANSPOSED[settings.dims](before, after, 2, stride=2, bias=settings.up_bias)
-    # A convolution of one voxel commutes with repeating voxels: on the coarse grid it costs 2**dims times less.
-    conv = _CONV[settings.dims](before, after, 1, bias=settings.up_bias)
-    return nn.Sequential(conv, nn.Upsample(scale_factor=2, mode="nearest"))
-
-
-def centre(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the middle of x, spatial axes last, in this shape; the difference is even on every axis."""
-    start = [(n - m) // 2 for n, m in zip(x.shape[2:], shape, strict=True)]
-    for axis, (a, m) in enumerate(zip(start, shape, strict=True), start=2):
-        x = x.narrow(axis, a, m)
-    return x
+def pooled(x: Tensor, factor: Axes) -> Tensor:
+    """Return the maximum of ``factor`` voxels along every axis."""
+    return functional.max_pool2d(x, factor) if x.ndim == 4 else functional.max_pool3d(x, factor)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Draw convolution weights from N(0, sqrt(2 / N)) with N inputs per output.
+    """Draw convolution weights from N(0, sqrt(2 / N)) with N inputs per output; what interpolates begins linearly.
 
-    He et al. 2015, doi:10.1109/ICCV.2015.123.
+    He et al. 2015, doi:10.1109/ICCV.2015.123; Long et al. 2015, doi:10.1109/CVPR.2015.7298965.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or weight.ndim < 3 or weight.is_meta:
         return  # a tensor without numbers takes none, and to pretend that it does loads torch's compiler, for a second
-    transposed = isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d)
-    n_inputs = weight.shape[0] if transposed else prod(weight.shape[1:])
-    nn.init.normal_(weight, 0.0, sqrt(2.0 / n_inputs))
     if isinstance(bias, Tensor):
         nn.init.zeros_(bias)
+    if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
+        if module.kernel_size != module.stride:
+            weight.data.copy_(_linear(weight.shape[0], module.stride))
+            return
+        n_inputs = weight.shape[0]
+    else:
+        n_inputs = prod(weight.shape[1:])
+    nn.init.normal_(weight, 0.0, sqrt(2.0 / n_inputs))
+
+
+def _linear(channels: int, factor: Axes) -> Tensor:
+    """Return weights (channels, channels, *2 factor) with which a transposed convolution interpolates linearly."""
+    weight = torch.eye(channels)
+    for f in factor:
+        ramp = 1 - (torch.arange(2 * f) - (f - 0.5)).abs() / f if f > 1 else torch.ones(1)
+        weight = weight[..., None] * ramp
+    return weight

@@ -32,14 +32,24 @@ RELATIVE_TOLERANCE = 1e-4
 
 
 def measured_rule(settings: UNetSettings) -> TileRule:
-    """Return the measured tile rule of a U-Net, found in a second or two on a small twin with the same reach.
+    """Return the measured tile rule of a network, found in a few seconds on small twins with the same reach.
 
-    The twin has one channel, since channels have no extent, and two axes, since the settings hold one kernel, padding
-    and depth for all axes.
+    A twin has one channel, since channels have no extent, and two axes, of which the second is pooled as one of the
+    network's is, since the settings hold one kernel and padding for all axes.
     """
-    twin = UNet(replace(settings, dims=2, width=1, in_channels=1))
-    rule = measure_tile_rule(twin, dims=2, in_channels=1)
-    return TileRule(*(values[:1] * settings.dims for values in (rule.stride, rule.halo, rule.trim)))
+    lines = [settings.factors(axis) for axis in range(settings.dims)]
+    found = {line: _measured_line(settings, line) for line in set(lines)}
+    stride, halo, trim = zip(*(found[line] for line in lines), strict=True)
+    return TileRule(stride, halo, trim)
+
+
+def _measured_line(settings: UNetSettings, factors: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return stride, halo and trim along an axis that is pooled by these factors."""
+    plane = tuple((2, factor) for factor in factors)
+    twin = UNet(replace(settings, dims=2, width=1, in_channels=1, poolings=plane))
+    with _exact(twin):
+        probe = _Probe(twin, 2, 1)
+        return _measure_axis(probe, probe.smallest_shape(), 1)
 
 
 def measure_tile_rule(network: nn.Module, *, dims: int, in_channels: int) -> TileRule:

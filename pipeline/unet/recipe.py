@@ -12,7 +12,7 @@ from pipeline.errors import ArgumentError
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.augment import Augmentation
 from pipeline.unet.losses import Loss
-from pipeline.unet.settings import Head, Padding, UNetSettings, Upsampling
+from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, Upsampling, as_poolings
 
 LARGEST_ANISOTROPY = 3.0
 FEWEST_SLICES_3D = 16
@@ -51,8 +51,17 @@ class Recipe:
     ----------
     dims : 2 or 3; 0 chooses 3 for volumes of at least 16 slices whose voxels are at most 3 times longer than wide
     width, depth, kernel, n_convs, padding, batch_norm, dropout, up : see UNetSettings; width 0 is 16 in 2-D, 8 in 3-D
+    family : unet, unet++ or fcn, the baseline; see UNetSettings, as for the next ones; all keep the size, or take
+        padding "valid" for unet alone
+    block : plain, residual or preactivated
+    down : pooling or strided; with block = "residual" and kernel = 5 the network is a V-Net, but for its PReLU
+    attention : gates on the skips of a unet
+    deep_supervision : of unet++: the loss is the mean over the outputs of all depths
+    poolings : for thick slices, such as [[1, 2, 2], [1, 2, 2], [2, 2, 2]], finest level first: by how much each
+        pooling divides the resolution along z, y and x; depth and dims follow from it, and patches are flat; empty: 2
     normalisation : of intensities, by the statistics of each image
-    patch : voxels of a patch's core along every axis; 0 is 128 in 2-D, 48 in 3-D
+    patch : voxels of a patch's core along every axis, less where the stride is less, in proportion to it; 0 is 128 in
+        2-D, 48 in 3-D
     batch : patches per step; 0 is 8 in 2-D, 4 in 3-D
     optimiser : what takes the steps
     learning_rate : its rate, at the highest
@@ -89,6 +98,12 @@ class Recipe:
     batch_norm: bool = True
     dropout: float = 0.0
     up: Upsampling = Upsampling.TRANSPOSED
+    family: Family = Family.UNET
+    block: Block = Block.PLAIN
+    down: Down = Down.POOLING
+    attention: bool = False
+    deep_supervision: bool = False
+    poolings: tuple[tuple[int, ...], ...] = ()
     normalisation: Normalisation = Normalisation.ZSCORE
     patch: int = 0
     batch: int = 0
@@ -160,12 +175,13 @@ class Recipe:
         return UNetSettings(
             dims=dims, in_channels=in_channels, n_classes=n_classes - sigmoid,
             head=Head.SIGMOID if sigmoid else Head.SOFTMAX, width=self.width or {2: 16, 3: 8}[dims],
-            depth=self.depth, padding=self.padding, kernel=self.kernel, n_convs=self.n_convs,
-            batch_norm=self.batch_norm, dropout=self.dropout, up=self.up,
+            depth=len(self.poolings) or self.depth, padding=self.padding, kernel=self.kernel, n_convs=self.n_convs,
+            batch_norm=self.batch_norm, dropout=self.dropout, up=self.up, family=self.family, block=self.block,
+            down=self.down, attention=self.attention, deep_supervision=self.deep_supervision, poolings=self.poolings,
         )  # fmt: skip
 
     def patch_core(self, settings: UNetSettings) -> int:
-        """Return voxels of a patch along every axis of the network, a multiple of its stride."""
+        """Return voxels of a patch along the axis of the largest stride, a multiple of it."""
         size = self.patch or {2: 128, 3: 48}[settings.dims]
         if size % settings.stride:
             raise ArgumentError(
@@ -192,11 +208,11 @@ def choose_dims(
     ------
     ArgumentError : the recipe asks for 3 and the images have 2.
     """
-    n_axes = len(shapes[0])
-    if recipe.dims > n_axes:
-        raise ArgumentError(f"a {recipe.dims}-D network needs volumes, got images of shape {shapes[0]}; set dims = 2")
-    if recipe.dims or n_axes == 2:
-        return recipe.dims or 2
+    n_axes, asked = len(shapes[0]), recipe.dims or (len(recipe.poolings[0]) if recipe.poolings else 0)
+    if asked > n_axes:
+        raise ArgumentError(f"a {asked}-D network needs volumes, got images of shape {shapes[0]}; set dims = 2")
+    if asked or n_axes == 2:
+        return asked or 2
     anisotropy = max(voxel_size_um) / min(voxel_size_um) if voxel_size_um else 1.0
     thick = all(shape[0] >= FEWEST_SLICES_3D for shape in shapes)
     return 3 if thick and anisotropy <= LARGEST_ANISOTROPY else 2
@@ -248,6 +264,8 @@ def _typed(name: str, value: Any, kind: type) -> Any:  # noqa: ANN401 whatever T
         if value not in list(kind):
             raise ArgumentError(f"{name} must be one of {', '.join(kind)}, got {value!r}; choose one")
         return kind(value)
+    if name == "poolings":
+        return as_poolings(value)
     if kind is float and type(value) is int:
         return float(value)
     if kind is tuple:

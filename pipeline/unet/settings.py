@@ -8,8 +8,33 @@ from typing import Any
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
+from pipeline.unet.reach import Line
 
 LARGEST_CLASS = 255
+FCN_LEAST_DEPTH = 3
+
+
+class Family(StrEnum):
+    """How levels are connected."""
+
+    UNET = "unet"  # each level once down and once up (doi:10.1007/978-3-319-24574-4_28)
+    NESTED = "unet++"  # and at every stage between (doi:10.1007/978-3-030-00889-5_1)
+    FCN = "fcn"  # scores of the coarsest level and of two poolings, interpolated (doi:10.1109/CVPR.2015.7298965)
+
+
+class Block(StrEnum):
+    """What the convolutions of one level and path are."""
+
+    PLAIN = "plain"  # one after another, each with a ReLU
+    RESIDUAL = "residual"  # added to what entered, ReLU last (doi:10.1109/CVPR.2016.90)
+    PREACTIVATED = "preactivated"  # the same, normalisation and ReLU first (doi:10.1109/LGRS.2018.2802944)
+
+
+class Down(StrEnum):
+    """How resolution is given up."""
+
+    POOLING = "pooling"  # the maximum
+    STRIDED = "strided"  # a convolution without overlap, as in V-Net (doi:10.1109/3DV.2016.79)
 
 
 class Padding(StrEnum):
@@ -20,10 +45,10 @@ class Padding(StrEnum):
 
 
 class Upsampling(StrEnum):
-    """How the expanding path doubles the resolution; both reach one voxel of the coarser level."""
+    """How resolution is regained; both reach one voxel of the coarser level, two in the family "fcn"."""
 
-    TRANSPOSED = "transposed"  # transposed convolution, kernel 2, stride 2
-    RESIZE = "resize"  # convolution, kernel 1, then each voxel repeated
+    TRANSPOSED = "transposed"  # transposed convolution without overlap; "fcn": linear interpolation that is learnt
+    RESIZE = "resize"  # convolution, kernel 1, then each voxel repeated; "fcn": linear interpolation
 
 
 class Head(StrEnum):
@@ -43,9 +68,9 @@ class UNetSettings:
     in_channels : channels of the image
     n_classes : channels of the output
     width : channels of the first convolutions; doubled on each level
-    depth : number of poolings; the stride is 2**depth
+    depth : number of poolings; the stride is 2**depth, or less along an axis where ``poolings`` say so
     padding : of every convolution
-    kernel : voxels of each convolution along every axis, odd
+    kernel : voxels of each convolution along every axis, odd; see ``poolings``
     n_convs : convolutions per level and path
     batch_norm : normalise between convolution and ReLU, by frozen statistics at inference
     dropout : probability at the end of the contracting path, in training
@@ -53,6 +78,14 @@ class UNetSettings:
     up_bias : whether upsampling adds a bias
     double_before_pooling : double the channels before each pooling, not after it, and keep them while upsampling
     head : how logits become probabilities
+    family : how levels are connected
+    block : what the convolutions of one level and path are
+    down : how resolution is given up
+    attention : weigh the skips of a U-Net by additive gates (doi:10.48550/arXiv.1804.03999), on the finer grid
+    deep_supervision : nested networks learn by the outputs of all depths, and infer by the mean of their logits
+    poolings : 1 or 2 for each axis, level by level, finest first, such as ((1, 2, 2), (2, 2, 2)) for thick slices;
+        empty: 2 everywhere. As in nnU-Net (doi:10.1038/s41592-020-01008-z) kernels are 1 voxel long along an axis on
+        levels before the one from which it is first pooled: those of that example are 1 x 3 x 3, then 3 x 3 x 3
     """
 
     dims: int
@@ -69,6 +102,12 @@ class UNetSettings:
     up_bias: bool = True
     double_before_pooling: bool = False
     head: Head = Head.SOFTMAX
+    family: Family = Family.UNET
+    block: Block = Block.PLAIN
+    down: Down = Down.POOLING
+    attention: bool = False
+    deep_supervision: bool = False
+    poolings: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.dims not in (2, 3):
@@ -86,6 +125,28 @@ class UNetSettings:
                 f"a {self.head} head needs {fewest} to {LARGEST_CLASS + fewest - 1} classes, got {self.n_classes}; "
                 "merge or add classes"
             )
+        self._check_poolings()
+        self._check_family()
+
+    def _check_poolings(self) -> None:
+        fits = all(len(each) == self.dims and {2} <= set(each) <= {1, 2} for each in self.poolings)
+        if self.poolings and (len(self.poolings) != self.depth or not fits):
+            raise ArgumentError(
+                f"poolings must be {self.depth} lists, as many as the depth, of {self.dims} numbers 1 or 2, one of "
+                f"them 2, got {self.poolings}; use such as {((1,) * (self.dims - 2) + (2, 2),) * self.depth}"
+            )
+
+    def _check_family(self) -> None:
+        """Refuse what only other families have."""
+        wrong = {
+            "padding valid": self.padding is Padding.VALID and self.family is not Family.UNET,
+            "attention": self.attention and self.family is not Family.UNET,
+            "double_before_pooling": self.double_before_pooling and self.family is not Family.UNET,
+            "deep_supervision": self.deep_supervision and self.family is not Family.NESTED,
+            f"depth {self.depth}, below 3,": self.depth < FCN_LEAST_DEPTH and self.family is Family.FCN,
+        }
+        if got := [name for name, is_wrong in wrong.items() if is_wrong]:
+            raise ArgumentError(f"networks of family {self.family} have no {' and no '.join(got)}; leave it out")
 
     @property
     def n_labels(self) -> int:
@@ -93,37 +154,60 @@ class UNetSettings:
         return self.n_classes + (1 if self.head is Head.SIGMOID else 0)
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Total downsampling along each axis, in voxels."""
+        return tuple(self.line(axis).stride for axis in range(self.dims))
+
+    @property
     def stride(self) -> int:
-        """Total downsampling, in voxels."""
-        return 1 << self.depth
+        """Total downsampling along the axis that has most, in voxels: a multiple of every axis's."""
+        return max(self.strides)
 
     @property
     def radius(self) -> int:
-        """Voxels that the convolutions of one level and path reach to each side."""
+        """Voxels that the convolutions of one level and path reach to each side, along axes that they reach across."""
         return self.n_convs * (self.kernel // 2)
+
+    def reaches(self, axis: int) -> tuple[int, ...]:
+        """Return how far each convolution of each level sees along an axis, to each side; see ``poolings``."""
+        factors = self.factors(axis)
+        across = (level == self.depth or 2 in factors[: level + 1] for level in range(self.depth + 1))
+        return tuple(self.kernel // 2 if each else 0 for each in across)
+
+    def factors(self, axis: int) -> tuple[int, ...]:
+        """Return by how much each pooling divides the resolution along an axis."""
+        return tuple(each[axis] for each in self.poolings) or (2,) * self.depth
+
+    def line(self, axis: int) -> Line:
+        """Return the network's geometry along an axis."""
+        radii = tuple(self.n_convs * reach for reach in self.reaches(axis))
+        return Line(radii, self.factors(axis), self.padding is Padding.VALID, self.family is Family.FCN)
 
     @property
     def loss(self) -> int:
-        """Voxels that the output is smaller than the input on each side: 92 for the network of 2015."""
-        return self.radius * (3 * self.stride - 2) if self.padding is Padding.VALID else 0
+        """Voxels that the output is smaller than the input on each side of the last axis: 92 for that of 2015."""
+        return self.line(-1).loss
 
-    def legal_size(self, size: int) -> int:
-        """Return the smallest size of at least ``size`` voxels that every pooling halves and that leaves an output."""
-        if self.padding is Padding.SAME:
-            return max(1, -(-size // self.stride)) * self.stride
-        phase = 2 * self.radius * (self.stride - 1) % self.stride
-        least = max(size, 2 * self.loss + 1)
-        return least + (phase - least) % self.stride
+    def legal_size(self, size: int, axis: int = -1) -> int:
+        """Return the smallest size of at least ``size`` voxels that every pooling divides and that leaves an output."""
+        return self.line(axis).legal_size(size)
 
-    def check_size(self, size: int) -> None:
-        """Refuse a size of a tile that not every pooling can halve, or that leaves no output."""
-        above = self.legal_size(size)
+    def check_size(self, size: int, axis: int = -1) -> None:
+        """Refuse a size of a tile along an axis that not every pooling can divide, or that leaves no output."""
+        above = self.legal_size(size, axis)
         if above != size:
-            smaller = self.legal_size(above - self.stride)
+            smaller = self.legal_size(above - self.strides[axis], axis)
             use = f"{above}" if smaller == above else f"{smaller} or {above}"
             raise ArgumentError(
                 f"input sizes must be legal for depth {self.depth}, padding {self.padding}, got {size}; use {use}"
             )
+
+    def in_proportion(self, size: int) -> tuple[int, ...]:
+        """Return ``size``, a multiple of the stride, along the axis of most downsampling, less along others by theirs.
+
+        So many voxels lie on the coarsest level along every axis: patches of thick slices are flat.
+        """
+        return tuple(size * stride // self.stride for stride in self.strides)
 
     def check_slab(self, slab: int) -> None:
         """Refuse rows that are no multiple of the stride."""
@@ -139,30 +223,34 @@ class UNetSettings:
 
     @classmethod
     def from_json(cls, document: Any) -> UNetSettings:  # noqa: ANN401 whatever a file holds
-        """Return the settings that ``to_json`` wrote.
+        """Return the settings that ``to_json`` wrote; a field that an older version did not know has its default.
 
         Raises
         ------
-        ModelError : a field is missing, unknown, of the wrong type, or breaks a rule.
+        ModelError : a field is unknown, of the wrong type, or breaks a rule.
         """
-        names = {field.name: field for field in fields(cls)}
-        if not isinstance(document, dict) or set(document) != set(names):
+        names = {field.name for field in fields(cls)}
+        if not isinstance(document, dict) or "dims" not in document or set(document) - names:
             got = sorted(document) if isinstance(document, dict) else document
-            raise ModelError(f"network settings must have exactly the fields {sorted(names)}, got {got}; save it anew")
+            raise ModelError(f"network settings must have dims, and fields of {sorted(names)}, got {got}; save it anew")
         try:
-            return cls(**{name: _typed(name, document[name]) for name in names})
+            return cls(**{name: _typed(name, value) for name, value in document.items()})
         except ValueError as error:
             raise ModelError(f"network settings must be ones this version can build: {error}") from error
 
 
-_ENUMS = {"padding": Padding, "up": Upsampling, "head": Head}
-_FLAGS = ("batch_norm", "up_bias", "double_before_pooling")
+_ENUMS = {
+    "padding": Padding, "up": Upsampling, "head": Head, "family": Family, "block": Block, "down": Down,
+}  # fmt: skip
+_FLAGS = ("batch_norm", "up_bias", "double_before_pooling", "attention", "deep_supervision")
 
 
 def _typed(name: str, value: Any) -> Any:  # noqa: ANN401 fields differ in type
     """Return a JSON value as its field's type, or refuse it: nothing is converted in silence."""
     if name in _ENUMS:
         return _ENUMS[name](value)
+    if name == "poolings":
+        return as_poolings(value)
     if name in _FLAGS:
         fits = isinstance(value, bool)
     elif name == "dropout":
@@ -174,29 +262,15 @@ def _typed(name: str, value: Any) -> Any:  # noqa: ANN401 fields differ in type
     return value
 
 
+def as_poolings(value: Any) -> tuple[tuple[int, ...], ...]:  # noqa: ANN401 whatever a file holds
+    """Return a list of lists of whole numbers as tuples, or refuse it."""
+    lists = isinstance(value, list | tuple) and all(isinstance(each, list | tuple) for each in value)
+    if not lists or any(type(number) is not int for each in value for number in each):
+        raise ArgumentError(f"poolings must be a list of lists such as [[1, 2, 2], [2, 2, 2]], got {value!r}")
+    return tuple(tuple(each) for each in value)
+
+
 def closed_form_rule(settings: UNetSettings) -> TileRule:
-    """Return the tile rule that follows from the settings; ``receptive.measure_tile_rule`` finds the same.
-
-    Valid networks lose ``radius * (3 * stride - 2)`` voxels on each side; tiles that are whole cores apart are legal
-    only with a trim of ``radius`` modulo half the stride. Networks that keep their size have their reach as halo,
-    rounded up to the stride so that the tile, too, starts on a multiple of it.
-    """
-    if settings.padding is Padding.VALID:
-        trim = settings.radius % (settings.stride // 2)
-        halo = settings.loss + trim
-    else:
-        trim = halo = -(-_reach(settings) // settings.stride) * settings.stride
-    n = settings.dims
-    return TileRule((settings.stride,) * n, (halo,) * n, (trim,) * n)
-
-
-def _reach(settings: UNetSettings) -> int:
-    """Return how far to the left of an aligned core the outputs in it depend on the input."""
-    r = settings.radius
-    left = [-r]
-    for _ in range(settings.depth):
-        left.append(left[-1] // 2 - r)
-    deepest = left.pop()
-    while left:
-        deepest = min(2 * deepest, left.pop()) - r
-    return -deepest
+    """Return the tile rule that follows from the settings; ``receptive.measure_tile_rule`` finds the same."""
+    stride, halo, trim = zip(*(settings.line(axis).rule() for axis in range(settings.dims)), strict=True)
+    return TileRule(stride, halo, trim)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline.errors import ArgumentError
 from pipeline.unet.engine import Engine
-from pipeline.unet.layers import Conv, Join, Pool, Span, Up, lags, spans
+from pipeline.unet.families import why_not_streamed
+from pipeline.unet.layers import Axes, Conv, Join, Pool, Span, Up, lags, spans
 
 ReadRows = Callable[[int, int], Tensor]
 
@@ -66,15 +67,19 @@ class Stream:
 
     def __init__(self, engine: Engine, *, cross: tuple[Span, ...], slab: int) -> None:
         engine.settings.check_slab(slab)
+        if why := why_not_streamed(engine.settings):
+            raise ArgumentError(f"a streamed network must be a plain U-Net, got another: {why}; run it by tiles")
         if len(cross) != engine.dims - 1:
             raise ArgumentError(
                 f"a stream needs {engine.dims - 1} axes across it, got {len(cross)}; give all but the streamed one"
             )
         self.engine, self.slab, self.chain = engine, slab, engine.chain
-        self._cross = list(zip(*(spans(self.chain, each) for each in cross), strict=True))
-        self._lags = lags(self.chain)
-        self._joins = {layer.skip: at for at, layer in enumerate(self.chain) if isinstance(layer, Join)}
-        self._n_rows = [slab >> level for level in (0, *(layer.level for layer in self.chain))]
+        self._axis, *self._across = engine.order
+        each = zip(cross, self._across, strict=True)
+        self._cross = list(zip(*(spans(self.chain, span, axis) for span, axis in each), strict=True))
+        self._lags = lags(self.chain, self._axis)
+        self._joins = {layer.skips[0]: at for at, layer in enumerate(self.chain) if isinstance(layer, Join)}
+        self._n_rows = [slab, *(slab // layer.scale[self._axis] for layer in self.chain)]
 
     @property
     def cross(self) -> tuple[Span, ...]:
@@ -83,7 +88,7 @@ class Stream:
 
     def slabs(self, start: int, stop: int) -> Iterator[Span]:
         """Yield the rows that ``run`` will read, in its order; they may leave the scan."""
-        low, high = spans(self.chain, (start, stop))[0]
+        low, high = spans(self.chain, (start, stop), self._axis)[0]
         for step in range(low // self.slab, -(-high // self.slab)):
             yield max(low, step * self.slab), min(high, (step + 1) * self.slab)
 
@@ -99,7 +104,7 @@ class Stream:
         ------
         the position of the first row, and logits (batch, n_classes, rows, *the core's cross-section)
         """
-        needed = spans(self.chain, (start, stop))
+        needed = spans(self.chain, (start, stop), self._axis)
         kept = self._kept(n_batch)
         last = (stop - 1 - self._lags[-1]) // self.slab
         for step in range(needed[0][0] // self.slab, last + 1):
@@ -118,13 +123,13 @@ class Stream:
         for at, layer in enumerate(self.chain):
             match layer:
                 case Conv():
-                    n, channels, cross = 2 * layer.reach, layer.into, self._under(at)
+                    n, channels, cross = 2 * layer.reach[self._axis], layer.into, self._under(at)
                 case Pool():
                     n, channels, cross = self._is_odd(at, layer), layer.out, self._under(at)
                 case Join():
                     n, cross = self._n_waiting(at, layer) * self._n_rows[at + 1], self._cross[at + 1]
-                    channels = self.chain[layer.skip - 1].out
-                case Up():
+                    channels = self.chain[layer.skips[0] - 1].out
+                case _:
                     n, channels, cross = 0, 0, ()
             shape = (n_batch, channels, n, *(b - a for a, b in cross or self.cross))
             kept.append(self.engine.empty(shape).zero_())
@@ -133,7 +138,7 @@ class Stream:
     def _under(self, at: int) -> tuple[Span, ...]:
         """Return what a layer needs of its input across the column."""
         layer = self.chain[at]
-        return tuple(layer.needs(span) for span in self._cross[at + 1])
+        return tuple(layer.needs(span, axis) for span, axis in zip(self._cross[at + 1], self._across, strict=True))
 
     def _step(self, step: int, needed: tuple[Span, ...], kept: list[Tensor], read: ReadRows) -> Tensor | None:
         """Feed one slab; returns the logits that come out, None if none of them is needed."""
@@ -181,7 +186,7 @@ class Stream:
         out = _Slab(None, layer.out, self._cross[at + 1])
         if not alive and inputs[-1][0].slab.x is None:  # before the first row that is needed, or after the last
             return out
-        if layer.reach == 0 and len(inputs) == 1 and (whole := inputs.pop().pop().slab).cross == out.cross:
+        if not any(layer.reach) and len(inputs) == 1 and (whole := inputs.pop().pop().slab).cross == out.cross:
             return out if whole.x is None or not alive else replace(out, x=self.engine.conv(at, whole.x))
         cross, n_kept, n_rows = self._under(at), before.shape[2], self._n_rows[at]
         x = self.engine.empty((*before.shape[:2], n_kept + n_rows, *(b - a for a, b in cross)))
@@ -194,7 +199,7 @@ class Stream:
 
     def _is_odd(self, at: int, layer: Pool) -> int:
         """Whether the first row of a slab is the second one of its pair."""
-        return (self._lags[at] - layer.phase) % 2
+        return (self._lags[at] - layer.phase[self._axis]) % layer.factor[self._axis]
 
     def _pooled(self, at: int, layer: Pool, slab: _Slab, before: Tensor, *, alive: bool) -> _Slab:
         """Return the maximum of pairs; a row without its partner waits for the next slab."""
@@ -202,23 +207,25 @@ class Stream:
         x = slab.cropped(self._under(at)).x
         if x is None:
             return out
-        if not self._is_odd(at, layer):
-            return replace(out, x=_halved(torch.maximum(x[:, :, ::2], x[:, :, 1::2]))) if alive else out
-        y = self.engine.empty((*x.shape[:2], x.shape[2] // 2, *x.shape[3:]))
-        torch.maximum(before, x[:, :, :1], out=y[:, :, :1])
-        torch.maximum(x[:, :, 1:-1:2], x[:, :, 2::2], out=y[:, :, 1:])
-        before.copy_(x[:, :, -1:])
-        return replace(out, x=_halved(y)) if alive else out
+        factor = self.engine.ordered(layer.factor)
+        if self._is_odd(at, layer):
+            y = self.engine.empty((*x.shape[:2], x.shape[2] // 2, *x.shape[3:]))
+            torch.maximum(before, x[:, :, :1], out=y[:, :, :1])
+            torch.maximum(x[:, :, 1:-1:2], x[:, :, 2::2], out=y[:, :, 1:])
+            before.copy_(x[:, :, -1:])
+            x, factor = y, (1, *factor[1:])
+        return replace(out, x=_pooled(x, factor)) if alive else out
 
     def _doubled(self, at: int, layer: Up, slab: _Slab, *, alive: bool) -> _Slab:
-        """Return twice the resolution along every axis."""
-        cross = tuple((layer.has(low), layer.has(high)) for low, high in slab.cross)
+        """Return the finer resolution."""
+        each = zip(slab.cross, self._across, strict=True)
+        cross = tuple((layer.has(low, axis), layer.has(high, axis)) for (low, high), axis in each)
         x = self.engine.up(at, slab.x) if alive and slab.x is not None else None
         return _Slab(x, layer.out, cross)
 
     def _delay(self, at: int, layer: Join) -> int:
         """Return how many rows a skip is ahead of the branch that it waits for."""
-        return self._lags[layer.skip] - self._lags[at]
+        return self._lags[layer.skips[0]] - self._lags[at]
 
     def _n_waiting(self, at: int, layer: Join) -> int:
         """Return how many slabs of a skip are kept, the one at hand included."""
@@ -257,9 +264,10 @@ def _fill(into: Tensor, parts: Sequence[list[_Piece]], cross: tuple[Span, ...]) 
         channel += pieces[0].slab.channels
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Return the maximum of pairs along every axis across the column."""
-    for axis in range(3, x.ndim):
-        index = (slice(None),) * axis
-        x = torch.maximum(x[(*index, slice(0, None, 2))], x[(*index, slice(1, None, 2))])
+def _pooled(x: Tensor, factor: Axes) -> Tensor:
+    """Return the maximum of pairs along every axis whose factor is 2."""
+    for axis, f in enumerate(factor, start=2):
+        if f == 2:
+            index = (slice(None),) * axis
+            x = torch.maximum(x[(*index, slice(0, None, 2))], x[(*index, slice(1, None, 2))])
     return x

@@ -13,8 +13,8 @@ from pipeline.unet.learner import training_rule
 from pipeline.unet.losses import Loss
 from pipeline.unet.network import UNet
 from pipeline.unet.patches import Patches, Source, orientations
-from pipeline.unet.recipe import Optimiser, Recipe, Schedule
-from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims
+from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, closed_form_rule
 
 RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
 
@@ -32,7 +32,7 @@ def textures(shape, *, seed=0):
 
 def patches_of(shape, settings, recipe=RECIPE) -> tuple[Patches, Patches]:
     image, labels = textures(shape)
-    rule, core = training_rule(settings), (recipe.patch_core(settings),) * settings.dims
+    rule, core = training_rule(settings), settings.in_proportion(recipe.patch_core(settings))
     cut = shape[0] * 3 // 4
     regions = Box((0,) * len(shape), (cut, *shape[1:])), Box((cut, *(0,) * (len(shape) - 1)), shape)
     learn, check = (Source(image, labels, ((100.0, 0.05),), region) for region in regions)
@@ -60,6 +60,27 @@ def test_textures_are_learnt_in_volumes():
     recipe = replace(RECIPE, depth=1, patch=16, steps=40, batch=2)
     result = fitted(recipe.network(dims=3, in_channels=1, n_classes=2), shape=(32, 40, 72), recipe=recipe)
     assert min(result.best.dice) > 0.9
+
+
+FAMILY = {
+    "residual": Recipe(block=Block.RESIDUAL), "preactivated": Recipe(block=Block.PREACTIVATED),
+    "attention": Recipe(attention=True), "U-Net++": Recipe(family=Family.NESTED, deep_supervision=True),
+    "FCN": Recipe(family=Family.FCN, depth=3),
+    "V-Net": Recipe(dims=3, block=Block.RESIDUAL, down=Down.STRIDED, kernel=5, n_convs=1, depth=1),
+    "thick slices": Recipe(poolings=((1, 2, 2), (2, 2, 2)), n_convs=1, dropout=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", FAMILY.values(), ids=FAMILY)
+def test_every_network_of_the_family_learns_textures(recipe):
+    dims = choose_dims(recipe, shapes=[(16, 64, 96) if recipe.dims or recipe.poolings else (128, 144)],
+                       voxel_size_um=None)
+    size = {"patch": 16, "batch": 2, "steps": 20} if dims == 3 else {"patch": 32, "batch": 4, "steps": 30}
+    recipe = replace(recipe, width=4, validate_every=5, learning_rate=1e-2, **size)
+    settings = recipe.network(dims=dims, in_channels=1, n_classes=2)
+    result = fitted(settings, shape=(128, 144) if dims == 2 else (24, 40, 72), recipe=recipe)
+    assert result.best.loss < 0.6 * result.curve[0].loss
+    assert min(result.best.dice) > 0.8
 
 
 @pytest.mark.parametrize("loss", Loss)

@@ -8,6 +8,7 @@ from test_unet_fit import RECIPE, patches_of
 from pipeline.unet.batches import draw_batch
 from pipeline.unet.learner import Learner, average_decay
 from pipeline.unet.losses import Objective
+from pipeline.unet.settings import Family
 from pipeline.unet.warp import batch_of
 
 
@@ -58,3 +59,14 @@ def test_what_was_put_down_is_not_changed_by_the_next_step():
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
     learner.restore(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state().items())
+
+
+def test_deep_supervision_learns_by_the_mean_loss_of_all_depths_and_infers_by_their_mean():
+    torch.manual_seed(0)
+    learner, batch = learner_of(replace(RECIPE, family=Family.NESTED, deep_supervision=True, batch_norm=False))
+    with torch.no_grad():
+        heads = learner.network.supervised(batch.images)
+        assert len(heads) == RECIPE.depth
+        assert torch.allclose(learner.network(batch.images), torch.stack(heads).mean(0), atol=1e-6)
+        expected = torch.stack([learner.objective(each, batch.classes, batch.borders) for each in heads]).mean()
+    assert learner.learn(batch, step=1, rate=0.0) == pytest.approx(expected.item(), rel=1e-6)

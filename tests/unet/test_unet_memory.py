@@ -10,11 +10,11 @@ from peaks import measured
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.cost import weight_bytes
-from pipeline.unet.layers import chain_of
+from pipeline.unet.families import chain_of, name_of
 from pipeline.unet.memory import ALLOCATOR, choose_tile, peak_bytes
 from pipeline.unet.model import Model
 from pipeline.unet.network import UNet
-from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.settings import Block, Family, Padding, UNetSettings, closed_form_rule
 
 NARROW = UNetSettings(dims=2, width=2, depth=2)
 VOLUME = UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME)
@@ -28,7 +28,7 @@ def a_model(network: UNetSettings) -> Model:
 
 
 def weights(network: UNetSettings) -> int:
-    return weight_bytes(chain_of(network), network, itemsize=4)
+    return weight_bytes(chain_of(network), itemsize=4)
 
 
 MEASURE = """
@@ -62,8 +62,13 @@ print(grown(lambda: run(tile)))
         (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True), (1024, 1024)),
         (UNetSettings(dims=3, width=8, depth=2, padding=Padding.SAME, batch_norm=True), (96, 96, 96)),
         (UNetSettings(dims=3, width=8, depth=2), (108, 108, 108)),
+        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL,
+                      attention=True), (768, 768)),
+        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.NESTED, deep_supervision=True),
+         (640, 640)),
+        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.FCN), (768, 768)),
     ],
-    ids=lambda v: f"{v.dims}d-{v.padding}" if isinstance(v, UNetSettings) else "",
+    ids=lambda v: f"{name_of(v)}-{v.padding}" if isinstance(v, UNetSettings) else "",
 )
 def test_predicted_peak_bounds_the_measured_one(network, tile, engine):
     small = closed_form_rule(network).tile_shape((network.stride,) * network.dims)

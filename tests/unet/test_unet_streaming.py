@@ -15,7 +15,8 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.mirror import mirror_index
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.engine import Engine, OneDnnEngine, make_engine
-from pipeline.unet.layers import Conv, Up, chain_of, lags, multiply_adds, spans
+from pipeline.unet.families import chain_of
+from pipeline.unet.layers import Conv, Up, lags, multiply_adds, spans
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Padding, UNetSettings, Upsampling, closed_form_rule
 from pipeline.unet.streaming import Stream
@@ -26,12 +27,15 @@ ROUNDING = 1e-12
 @st.composite
 def networks(draw, dims):
     depth = draw(st.integers(1, 3 if dims == 2 else 2))
+    pooling = st.tuples(*(st.integers(1, 2),) * dims).filter(lambda each: 2 in each)
+    poolings = draw(st.one_of(st.just(()), st.tuples(*(pooling,) * depth)))
     wide = depth == 1  # deeper ones reach far, and the whole pass over their halo takes long
     return UNetSettings(
         dims=dims, in_channels=draw(st.integers(1, 2)), width=draw(st.integers(1, 4)), depth=depth,
         padding=draw(st.sampled_from(Padding)), kernel=draw(st.sampled_from((1, 3, 5) if wide else (1, 3))),
         n_convs=draw(st.integers(1, 3 if wide else 2)), batch_norm=draw(st.booleans()),
         up=draw(st.sampled_from(Upsampling)), up_bias=draw(st.booleans()), double_before_pooling=draw(st.booleans()),
+        poolings=poolings,
     )  # fmt: skip
 
 
@@ -191,10 +195,10 @@ def test_spans_are_exactly_what_a_core_depends_on(data):
     network = data.draw(networks(2).filter(lambda each: each.kernel > 1))
     chain, rule = chain_of(network), closed_form_rule(network)
     start = data.draw(st.integers(-20, 20))
-    low, high = spans(chain, (start, start + data.draw(st.integers(1, 9))))[0]
+    low, high = spans(chain, (start, start + data.draw(st.integers(1, 9))), 0)[0]
     assert low >= start - rule.halo[0] - network.stride
     assert high <= start + 9 + rule.halo[0] + network.stride
-    assert all(lag <= 0 for lag in lags(chain))
+    assert all(lag <= 0 for axis in range(2) for lag in lags(chain, axis))
 
 
 @pytest.mark.parametrize("padding", Padding)
@@ -202,7 +206,7 @@ def test_spans_match_the_influence_of_single_voxels(padding):
     network = UNetSettings(dims=2, width=2, depth=2, padding=padding, n_convs=1)
     net = trained(network, seed=7).double()
     shape, core = (40, 8), (13, 17)
-    x, needed = noise(shape, 1), spans(chain_of(network), core)[0]
+    x, needed = noise(shape, 1), spans(chain_of(network), core, 0)[0]
     expected = whole(net, x)[:, :, slice(*core)]
     for row in range(40):
         y = x.clone()
