@@ -175,7 +175,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
 def _scheme(what: Any) -> Document:  # noqa: ANN401
     columns = what.columns
     if columns is None:
-        why = resolve_name("pipeline.unet.families:why_not_streamed")(what.model.settings) or "they were asked for"
+        why = resolve_name("pipeline.unet.families:why_not_streamed")(what.model.settings) or "asked for"
         return {"tiles": what.n_units, "tile_shape": list(what.tile_shape), "tiles_because": why}
     grid = columns.grid(what.grid)
     return {

@@ -125,7 +125,7 @@ def plan_segment(
     likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
-        raise ArgumentError(f"a streamed network must be a plain U-Net, got another: {why}; leave --slab, --column out")
+        raise ArgumentError(f"a streamed network must be a plain U-Net, got {why}; leave --slab, --column out")
     how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, 1 + 4 * n_likely)
     return Plan(

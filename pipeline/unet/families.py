@@ -41,13 +41,17 @@ def chain_of(settings: UNetSettings) -> Chain:
 
 
 def why_not_streamed(settings: UNetSettings) -> str:
-    """Return what keeps a network from being streamed, row after row; empty where nothing does."""
-    for at, layer in enumerate(chain_of(settings)):
-        if not isinstance(layer, Conv | Up | Join) and type(layer) is not Pool:
-            return f"it has a layer of kind {type(layer).__name__.lower()}"
-        if layer.source != at or len(layer.skips) > 1:
-            return "it joins more than one skip"
-    return ""
+    """Return the settings that keep a network from being streamed, row after row; empty where none does.
+
+    Streams follow a chain of convolutions, poolings, upsamplings and joins of one skip each: a U-Net of plain blocks.
+    """
+    branching = {
+        f"family {settings.family}": settings.family is not Family.UNET,
+        f"block {settings.block}": settings.block is not Block.PLAIN,
+        f"down {settings.down}": settings.down is not Down.POOLING,
+        "attention": settings.attention,
+    }
+    return " and ".join(name for name, branches in branching.items() if branches)
 
 
 def name_of(settings: UNetSettings) -> str:

@@ -68,7 +68,7 @@ class Stream:
     def __init__(self, engine: Engine, *, cross: tuple[Span, ...], slab: int) -> None:
         engine.settings.check_slab(slab)
         if why := why_not_streamed(engine.settings):
-            raise ArgumentError(f"a streamed network must be a plain U-Net, got another: {why}; run it by tiles")
+            raise ArgumentError(f"a streamed network must be a plain U-Net, got {why}; run it by tiles")
         if len(cross) != engine.dims - 1:
             raise ArgumentError(
                 f"a stream needs {engine.dims - 1} axes across it, got {len(cross)}; give all but the streamed one"

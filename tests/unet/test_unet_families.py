@@ -5,39 +5,43 @@ from dataclasses import replace
 import pytest
 import torch
 from test_unet_predict import assert_equal, scan_of, tiled, trained, whole
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.errors import ArgumentError
+from pipeline.geometry.tiles import TileRule
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.engine import make_engine
-from pipeline.unet.families import chain_of
-from pipeline.unet.layers import spans
+from pipeline.unet.families import chain_of, name_of, why_not_streamed
+from pipeline.unet.layers import Conv, Join, Pool, Up, spans
 from pipeline.unet.network import UNet
-from pipeline.unet.receptive import measured_rule
+from pipeline.unet.receptive import measure_tile_rule, measured_rule
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, Upsampling, closed_form_rule
+from pipeline.unet.streaming import Stream
 
-SAME = UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME, batch_norm=True)
+SAME = UNetSettings(dims=2, width=2, depth=2, n_convs=1, padding=Padding.SAME, batch_norm=True)
 THICK = ((1, 2, 2), (2, 2, 2))
 NETWORKS = {
     "thick slices": replace(SAME, dims=3, poolings=THICK),
     "thick slices, valid": UNetSettings(dims=3, width=2, depth=2, poolings=THICK, up=Upsampling.RESIZE, n_convs=1),
-    "never pooled across": replace(SAME, dims=3, poolings=((1, 2, 2), (1, 2, 2)), n_convs=1),
-    "residual": replace(SAME, block=Block.RESIDUAL),
-    "residual, valid": UNetSettings(dims=2, width=2, depth=2, block=Block.RESIDUAL, n_convs=3),
+    "never pooled across": replace(SAME, dims=3, poolings=((1, 2, 2), (1, 2, 2))),
+    "residual": replace(SAME, block=Block.RESIDUAL, n_convs=2),
+    "residual, valid": UNetSettings(dims=2, width=2, depth=2, block=Block.RESIDUAL, n_convs=2),
     "preactivated": replace(SAME, block=Block.PREACTIVATED, up=Upsampling.RESIZE),
     "preactivated, not normalised": replace(SAME, block=Block.PREACTIVATED, batch_norm=False),
     "V-Net": UNetSettings(dims=3, width=2, depth=1, kernel=5, n_convs=1, padding=Padding.SAME, block=Block.RESIDUAL,
                           down=Down.STRIDED, batch_norm=True),
-    "strided, valid": UNetSettings(dims=2, width=2, depth=2, down=Down.STRIDED, batch_norm=True),
+    "strided, valid": UNetSettings(dims=2, width=2, depth=2, n_convs=1, down=Down.STRIDED, batch_norm=True),
     "attention": replace(SAME, attention=True),
-    "attention, valid": UNetSettings(dims=2, width=2, depth=2, attention=True, batch_norm=True),
-    "attention in thick slices": replace(SAME, dims=3, poolings=THICK, attention=True, n_convs=1),
+    "attention, valid": UNetSettings(dims=2, width=2, depth=2, n_convs=1, attention=True, batch_norm=True),
+    "attention in thick slices": replace(SAME, dims=3, poolings=THICK, attention=True),
     "U-Net++": replace(SAME, family=Family.NESTED),
-    "U-Net++, three deep": replace(SAME, family=Family.NESTED, depth=3, deep_supervision=True, n_convs=1),
+    "U-Net++, three deep": replace(SAME, family=Family.NESTED, depth=3, deep_supervision=True),
     "U-Net++ of thick slices": replace(SAME, dims=3, poolings=THICK, family=Family.NESTED, deep_supervision=True,
-                                       n_convs=1, up=Upsampling.RESIZE),
+                                       up=Upsampling.RESIZE),
     "FCN": replace(SAME, family=Family.FCN, depth=3),
-    "FCN, interpolated": replace(SAME, family=Family.FCN, depth=4, n_convs=1, up=Upsampling.RESIZE),
-    "FCN of thick slices": replace(SAME, dims=3, family=Family.FCN, depth=3, poolings=((1, 2, 2), *THICK), n_convs=1),
+    "FCN, interpolated": replace(SAME, family=Family.FCN, depth=4, up=Upsampling.RESIZE),
+    "FCN of thick slices": replace(SAME, dims=3, family=Family.FCN, depth=3, poolings=((1, 2, 2), *THICK)),
     "all at once": replace(SAME, block=Block.RESIDUAL, down=Down.STRIDED, attention=True, double_before_pooling=True),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
@@ -50,6 +54,19 @@ def size_of(network):
 @EVERY
 def test_the_measured_rule_is_the_closed_form(network):
     assert measured_rule(network) == closed_form_rule(network)
+
+
+@pytest.mark.parametrize("name", ["thick slices, valid", "never pooled across", "V-Net"])
+def test_the_twins_have_the_reach_of_the_network_along_every_axis(name):
+    network = replace(NETWORKS[name], width=1)
+    assert measure_tile_rule(UNet(network), dims=3, in_channels=1) == closed_form_rule(network)
+
+
+def test_the_rule_of_thick_slices_is_known():
+    # along z: no reach on the first level, then the U-Net of depth 1 and radius 2, whose voxels are as long
+    network = UNetSettings(dims=3, depth=2, poolings=THICK)
+    flat, square = (closed_form_rule(UNetSettings(dims=2, depth=depth)) for depth in (1, 2))
+    assert closed_form_rule(network) == TileRule((2, 4, 4), (flat.halo[0], *square.halo), (flat.trim[0], *square.trim))
 
 
 @EVERY
@@ -93,3 +110,52 @@ def test_multiply_adds_are_those_that_torch_counts(network):
     assert 2 * tile_multiply_adds(network, tile) == flops.get_total_flops()
     if network.padding is Padding.SAME:
         assert bare_multiply_adds(network, tile) == tile_multiply_adds(network, tile)
+
+
+def test_kernels_do_not_reach_across_slices_before_these_are_pooled():
+    net = UNet(UNetSettings(dims=3, width=2, depth=3, poolings=((1, 2, 2), *THICK)))
+    shapes = [tuple(each[0].weight.shape[2:]) for each in (*net.contract, net.bottom, *net.expand)]
+    assert shapes == [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3), (1, 3, 3), (1, 3, 3)]
+    assert [tuple(each.weight.shape[2:]) for each in net.up] == [(2, 2, 2), (1, 2, 2), (1, 2, 2)]
+
+
+def test_what_interpolates_is_linear_before_it_learns():
+    torch.manual_seed(0)
+    net = UNet(replace(SAME, family=Family.FCN, depth=3))
+    x = torch.randn(1, 2, 5, 6)
+    linear = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.allclose(net.up[0](x)[..., 1:-1, 1:-1], linear[..., 1:-1, 1:-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "streams"),
+    [
+        ("thick slices", "3-D U-Net with anisotropic poolings", True),
+        ("V-Net", "3-D residual U-Net with strided convolutions (V-Net)", False),
+        ("attention, valid", "2-D U-Net with attention gates", False), ("FCN", "2-D FCN-2s", False),
+        ("U-Net++", "2-D U-Net++", False),
+        ("preactivated", "2-D preactivated residual U-Net", False),
+    ],
+)  # fmt: skip
+def test_networks_are_called_by_name_and_say_whether_they_stream(name, called, streams):
+    network = NETWORKS[name]
+    assert name_of(network) == called
+    assert (not why_not_streamed(network)) == streams
+
+
+def test_the_baseline_of_five_poolings_is_fcn_8s():
+    assert name_of(replace(SAME, family=Family.FCN, depth=5)) == "2-D FCN-8s"
+
+
+@EVERY
+def test_what_streams_is_a_chain(network):
+    chain = chain_of(network)
+    kinds = all(type(layer) in {Conv, Pool, Up, Join} for layer in chain)
+    in_line = all(layer.source == at and len(layer.skips) < 2 for at, layer in enumerate(chain))
+    assert (kinds and in_line) == (not why_not_streamed(network))
+
+
+def test_what_is_no_chain_is_not_streamed():
+    engine = make_engine(trained(replace(NETWORKS["attention"], block=Block.RESIDUAL), seed=1), device="cpu")
+    with pytest.raises(ArgumentError, match="must be a plain U-Net, got block residual and attention; run it by tiles"):
+        Stream(engine, cross=((0, 8),), slab=4)

@@ -63,9 +63,11 @@ def test_textures_are_learnt_in_volumes():
 
 
 FAMILY = {
-    "residual": Recipe(block=Block.RESIDUAL), "preactivated": Recipe(block=Block.PREACTIVATED),
-    "attention": Recipe(attention=True), "U-Net++": Recipe(family=Family.NESTED, deep_supervision=True),
-    "FCN": Recipe(family=Family.FCN, depth=3),
+    "residual": Recipe(block=Block.RESIDUAL, depth=2),
+    "preactivated": Recipe(block=Block.PREACTIVATED, depth=2),
+    "attention": Recipe(attention=True, depth=2),
+    "U-Net++": Recipe(family=Family.NESTED, deep_supervision=True, depth=2),
+    "FCN": Recipe(family=Family.FCN, depth=3, n_convs=1),
     "V-Net": Recipe(dims=3, block=Block.RESIDUAL, down=Down.STRIDED, kernel=5, n_convs=1, depth=1),
     "thick slices": Recipe(poolings=((1, 2, 2), (2, 2, 2)), n_convs=1, dropout=0.1),
 }  # fmt: skip
@@ -75,8 +77,8 @@ FAMILY = {
 def test_every_network_of_the_family_learns_textures(recipe):
     dims = choose_dims(recipe, shapes=[(16, 64, 96) if recipe.dims or recipe.poolings else (128, 144)],
                        voxel_size_um=None)
-    size = {"patch": 16, "batch": 2, "steps": 20} if dims == 3 else {"patch": 32, "batch": 4, "steps": 30}
-    recipe = replace(recipe, width=4, validate_every=5, learning_rate=1e-2, **size)
+    size = {"patch": 16, "batch": 2, "steps": 50} if dims == 3 else {"patch": 32, "batch": 4, "steps": 40}
+    recipe = replace(recipe, width=4, validate_every=10, learning_rate=1e-2, **size)
     settings = recipe.network(dims=dims, in_channels=1, n_classes=2)
     result = fitted(settings, shape=(128, 144) if dims == 2 else (24, 40, 72), recipe=recipe)
     assert result.best.loss < 0.6 * result.curve[0].loss

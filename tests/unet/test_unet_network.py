@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.network import UNet, classes_of
-from pipeline.unet.settings import Head, Padding, UNetSettings, Upsampling, closed_form_rule
+from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, Upsampling, closed_form_rule
 
 
 def on_meta(network: UNetSettings) -> UNet:
@@ -51,12 +53,14 @@ def any_settings(*, dims=(2, 3), largest_depth=4) -> st.SearchStrategy[UNetSetti
         n_convs=st.integers(1, 3), batch_norm=st.booleans(), dropout=st.sampled_from((0.0, 0.5)),
         up=st.sampled_from(Upsampling), up_bias=st.booleans(), double_before_pooling=st.booleans(),
         head=st.sampled_from(Head),
+        block=st.sampled_from(Block), down=st.sampled_from(Down), attention=st.booleans(),
     )
 
 
 @given(any_settings())
 def test_settings_survive_json(network):
-    assert UNetSettings.from_json(network.to_json()) == network
+    for each in (network, replace(network, poolings=((1,) * (network.dims - 1) + (2,),) * network.depth)):
+        assert UNetSettings.from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,6 +117,13 @@ def test_illegal_sizes_are_refused_with_the_legal_ones_beside_them():
         ({"depth": 0}, "depth must be at least 1"), ({"dropout": 1.0}, "dropout must be"),
         ({"n_classes": 1}, "softmax head needs 2"), ({"n_classes": 257}, "softmax head needs 2 to 256"),
         ({"n_classes": 256, "head": Head.SIGMOID}, "sigmoid head needs 1 to 255"),
+        ({"poolings": ((1, 2),)}, r"poolings must be 4 lists, .* use such as \(\(2, 2\), "),
+        ({"depth": 1, "poolings": ((1, 1),)}, "numbers 1 or 2, one of them 2"),
+        ({"depth": 1, "poolings": ((2, 4),)}, "numbers 1 or 2"), ({"depth": 1, "poolings": ((2,),)}, "of 2 numbers"),
+        ({"family": Family.NESTED}, r"family unet\+\+ have no padding valid; leave it out"),
+        ({"family": Family.FCN, "padding": Padding.SAME, "attention": True}, "family fcn have no attention"),
+        ({"family": Family.FCN, "padding": Padding.SAME, "depth": 2}, "have no depth 2, below 3,"),
+        ({"deep_supervision": True}, "family unet have no deep_supervision"),
     ],
 )
 def test_settings_outside_their_rules_are_refused(change, message):
@@ -125,7 +136,9 @@ def test_settings_outside_their_rules_are_refused(change, message):
     [
         ({"width": 2.0}, "width must be a number"), ({"batch_norm": 1}, "batch_norm must be"),
         ({"padding": "mirror"}, "this version can build"), ({"depth": -1}, "depth must be at least 1"),
-        ({"gates": 3}, "and fields of"), ({"dropout": "0.5"}, "dropout must be"),
+        ({"gates": 3}, "and fields of"),
+        ({"poolings": [[2, 2.0]]}, "list of lists"), ({"attention": 1}, "attention must"),
+        ({"dropout": "0.5"}, "dropout must be"),
     ],
 )
 def test_settings_in_a_file_that_do_not_fit_are_refused(change, message):

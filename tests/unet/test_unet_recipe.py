@@ -5,7 +5,7 @@ from pipeline.unet.augment import Augmentation
 from pipeline.unet.learner import training_rule
 from pipeline.unet.losses import Loss
 from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe, shipped
-from pipeline.unet.settings import Head, Padding, UNetSettings, closed_form_rule
+from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, closed_form_rule
 
 
 def written(tmp_path, text):
@@ -55,6 +55,9 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ("ignore = 1.5", "ignore must be of type int, got 1.5"),
         ("ignore = 0\ninstances = true", "ignore must be another value than the background"),
         ("depth = ", "or a TOML file"),
+        ("poolings = 2", r"poolings must be a list of lists such as \[\[1, 2, 2\], .*, got 2"),
+        ("poolings = [[1, 2.0, 2]]", r"poolings must be a list of lists"),
+        ('family = "resnet"', "unet, unet.., fcn, got"),
         ("[augmentation]\ncontrast = -0.5", "contrast must be from 0 to 1, got -0.5"),
     ],
 )
@@ -144,3 +147,22 @@ def test_unet2015_is_the_network_and_the_tile_of_the_paper():
     assert 572 - 2 * (rule.halo[0] - rule.trim[0]) == 388
     assert (settings.width, settings.depth, settings.stride, recipe.batch, recipe.momentum) == (64, 4, 16, 1, 0.99)
     assert (recipe.border_weight, recipe.border_sigma_voxels, recipe.augmentation.elastic_sigma_voxels) == (10, 5, 10)
+
+
+def test_thick_slices_decide_depth_dimensions_and_the_shape_of_patches(tmp_path):
+    recipe = load_recipe(written(tmp_path, "poolings = [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]\nkernel = 5"))
+    assert choose_dims(recipe, shapes=[(20, 256, 256)], voxel_size_um=(6.0, 1.0, 1.0)) == 3
+    settings = recipe.network(dims=3, in_channels=1, n_classes=2)
+    assert (settings.depth, settings.strides, settings.stride) == (4, (4, 16, 16), 16)
+    assert settings.reaches(0) == (0, 0, 2, 2, 2)
+    assert settings.reaches(1) == (2,) * 5
+    assert settings.in_proportion(recipe.patch_core(settings)) == (12, 48, 48)
+    with pytest.raises(ArgumentError, match="a 3-D network needs volumes, got images of shape"):
+        choose_dims(recipe, shapes=[(256, 256)], voxel_size_um=None)
+
+
+def test_the_family_is_read(tmp_path):
+    text = 'family = "unet++"\ndeep_supervision = true\nblock = "residual"\ndown = "strided"'
+    settings = load_recipe(written(tmp_path, text)).network(dims=2, in_channels=1, n_classes=2)
+    assert (settings.family, settings.block, settings.down) == (Family.NESTED, Block.RESIDUAL, Down.STRIDED)
+    assert (settings.deep_supervision, settings.attention) == (True, False)
