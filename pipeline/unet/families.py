@@ -1,11 +1,13 @@
 """Networks, each written once as a program of layers; torch modules, streams, arithmetic and memory follow from it.
 
-unet       input ─ block ──────────── [gate] ─ join ─ block ─ head
-└ down ─ block ─ [gate] ─ join ─ block ┘ up
-└ down ─ block ─ dropout ┘ up
+    unet       input ─ block ──────────── [gate] ─ join ─ block ─ head
+                         └ down ─ block ─ [gate] ─ join ─ block ┘ up
+                                    └ down ─ block ─ dropout ┘ up
+    unet++     the same, with joins between neighbouring levels at every stage
+    fcn        input ─ block ─ down ... block ─ down ... convolutions ─ score ─ up ─ add ─ up ─ add ─ up
 
-unet++     the same with joins between neighbouring levels at every stage, each with what its level has made before
-fcn        input ─ block ─ down ─ ... ─ score ─ up, add the last pooling's but one ─ up, add ─ up
+A nested network joins each of its tensors with all that its level has made before. An fcn interpolates the scores of
+its coarsest level, and adds those of the last pooling but one, then those of the pooling before it.
 """
 
 from __future__ import annotations
