@@ -51,7 +51,7 @@ class Recipe:
     ----------
     dims : 2 or 3; 0 chooses 3 for volumes of at least 16 slices whose voxels are at most 3 times longer than wide
     width, depth, kernel, n_convs, padding, batch_norm, dropout, up : see UNetSettings; width 0 is 16 in 2-D, 8 in 3-D
-    family : unet, unet++ or fcn, the baseline; see UNetSettings, as for the next ones; padding "valid" is for unet alone
+    family : unet, unet++ or fcn, the baseline; see UNetSettings, as for the next ones; padding "valid" is unet's alone
     block : plain, residual or preactivated
     down : pooling or strided; with block = "residual" and kernel = 5 the network is a V-Net, but for its PReLU
     attention : gates on the skips of a unet
