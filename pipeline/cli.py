@@ -116,6 +116,10 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--processes", type=_positive, metavar="N", help="share each batch among so many (default: the GPUs; CPU: 1)"
+    )
+    verb.add_argument("--tensorboard", metavar="DIR", help="a folder for a log that TensorBoard shows")
 
 
 def _add_plan(verb: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import UNCOUNTED_WORKERS, EngineName, Precision, Scheme
-from pipeline.console import bars
+from pipeline.console import STDERR, bars
 from pipeline.errors import ArgumentError
 
 Document = dict[str, Any]
@@ -56,7 +56,7 @@ def info(args: Namespace) -> Document:
 
 def train(args: Namespace) -> Document:
     """Train a model."""
-    document: Document = resolve_name("pipeline.train:command")(args)
+    document: Document = resolve_name("pipeline.train:command")(args, console=STDERR)
     return document
 
 

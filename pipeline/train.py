@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
+from rich.console import Console
+
+from pipeline.curves import CurvesFile
+from pipeline.learning import learning
 from pipeline.lesson import Lesson, open_lesson
 from pipeline.preview import preview
+from pipeline.store.location import Location
 from pipeline.store.shelf import to_be_written
+from pipeline.unet.board import board
 from pipeline.unet.checkpoint import CheckpointFile
-from pipeline.unet.course import Validation
+from pipeline.unet.course import Step, Validation
 from pipeline.unet.device import pick_device
 from pipeline.unet.fit import Fitted, fit
 from pipeline.unet.model import Model, save_model
+from pipeline.unet.processes import fit_together, processes_for
 from pipeline.unet.recipe import Recipe, load_recipe
 from pipeline.unet.settings import closed_form_rule
 
@@ -55,15 +62,17 @@ class TrainResult:
 
 def train(
     images: Sequence[str], *, labels: str, model: str, recipe: Recipe | None = None, held_out: Sequence[str] = (),
-    minutes: float | None = None, device: str = "cpu", seed: int = 0,
-    on_progress: Callable[[Validation], None] = lambda _: None,
+    minutes: float | None = None, device: str = "cpu", seed: int = 0, processes: int | None = None,
+    tensorboard: str | None = None, on_progress: Callable[[Validation], None] = lambda _: None,
+    on_step: Callable[[Step], None] = lambda _: None,
 ) -> TrainResult:
     """Write a model that has learnt the label volume ``labels`` of every image.
 
     Images that are held out are not learnt from; without any, it is the last part of every image along its first axis:
     the last slices of a volume, the bottom of a slide. The weights of lowest loss there are kept. A run that was killed
     goes on, with the same arguments, from its last validation, as FILE.checkpoint beside the model file says; the model
-    is the one that it would have made undisturbed, bit by bit, unless ``minutes`` are given.
+    is the one that it would have made undisturbed, bit by bit, unless ``minutes`` are given. FILE.curves.png shows how
+    it goes, and how it went.
 
     Parameters
     ----------
@@ -71,6 +80,9 @@ def train(
     model : path of the model file, written at once at the end
     minutes : stop after so long, all runs together, if the recipe's steps take longer
     device : "cpu" or "cuda"
+    processes : that share each batch, all on this machine; None is one per GPU, or one on the CPU
+    tensorboard : folder of a log that TensorBoard shows; None writes none
+    on_progress, on_step : told of each validation and of each step
 
     Raises
     ------
@@ -81,35 +93,46 @@ def train(
     begin, recipe = perf_counter(), recipe or Recipe()
     lesson = open_lesson(images, labels=labels, recipe=recipe, held_out=held_out)
     settings, source = lesson.settings, _source(lesson, recipe=recipe, seed=seed, device=device)
+    n = processes_for(device, asked=processes, n_patches=recipe.batch_size(settings.dims))
+    source |= {"processes": n}
     checkpoint = CheckpointFile(f"{model}.checkpoint", source | {"minutes": minutes})
-    fitted = fit(
-        settings, lesson.learn, validation=lesson.check, recipe=recipe, device=device, seed=seed, minutes=minutes,
-        checkpoint=checkpoint, on_progress=on_progress,
-    )
+    curves = CurvesFile(f"{model}.curves.png", Location(model).name, lesson.classes)
+    with board(tensorboard, classes=lesson.classes) as log:
+
+        def validated(now: Validation) -> None:
+            for tell in (curves.put, log.validated, on_progress):
+                tell(now)
+
+        def took(step: Step) -> None:
+            log.took(step)
+            on_step(step)
+
+        make = fit if n == 1 else partial(fit_together, n=n)
+        fitted = make(
+            settings, lesson.learn, validation=lesson.check, recipe=recipe, device=device, seed=seed, minutes=minutes,
+            checkpoint=checkpoint, on_progress=validated, on_step=took,
+        )
     made = Model(
         settings, lesson.classes, lesson.class_values, recipe.normalisation,
         tuple(map(str, range(settings.in_channels))), lesson.images[0].voxel_size_um, closed_form_rule(settings),
         source | _reached(fitted), fitted.weights,
     )  # fmt: skip
     saved = save_model(made, model)
+    curves.write()
     checkpoint.remove()
     return TrainResult(saved, str(model), fitted.best, fitted.n_steps, fitted.n_before, perf_counter() - begin)
 
 
-def command(args: Namespace) -> dict[str, Any]:
-    """Train as the command line asks, with a line of progress on stderr per validation; or show what with."""
-
-    def tell(now: Validation) -> None:
-        dice = " ".join("-" if d is None else f"{d:.3f}" for d in now.dice)
-        sys.stderr.write(f"step {now.step}: loss {now.train_loss:.4f}, held out {now.loss:.4f}, Dice {dice}\n")
-
+def command(args: Namespace, *, console: Console) -> dict[str, Any]:
+    """Train as the command line asks, with progress on stderr; or show what with."""
     recipe = load_recipe(args.recipe) if args.recipe else Recipe()
     if args.preview:
         return preview(args.images, labels=args.labels, recipe=recipe, seed=args.seed, path=args.preview).to_json()
-    with to_be_written(args.model) as path:
+    with to_be_written(args.model) as path, learning(console, n_steps=recipe.steps, minutes=args.minutes) as watch:
         result = train(
             args.images, labels=args.labels, model=path, recipe=recipe, held_out=args.held_out, minutes=args.minutes,
-            device=pick_device(args.device), seed=args.seed, on_progress=tell,
+            device=pick_device(args.device), seed=args.seed, processes=args.processes, tensorboard=args.tensorboard,
+            on_progress=watch.validated, on_step=watch.took,
         )
     return result.to_json()
 

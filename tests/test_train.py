@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
+import psutil
 import pytest
 import tifffile
 import torch
@@ -90,6 +91,7 @@ def test_the_record_tells_what_the_model_was_made_from(slide, tmp_path):
     train([slide], labels="truth", model=str(tmp_path / "m"), recipe=recipe, seed=7)
     record = load_model(tmp_path / "m").training
     about = record["images"][0]
+    assert record["processes"] == 1
     assert record["recipe"] == json.loads(json.dumps(recipe.to_json()))
     assert (record["seed"], record["steps"], len(record["curve"])) == (7, 2, 2)
     assert (about["image"], about["labels"], about["shape"]) == ("a.zarr", "truth", [160, 144])
@@ -172,7 +174,40 @@ def test_a_run_that_was_killed_makes_the_same_file_when_it_is_run_again(slide, t
     assert json.loads(printed.out)["steps_before"] in range(20, 60, 10)
     assert printed.err.count("held out") == 6
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert {each.name for each in tmp_path.iterdir()} == {"r.toml", "whole", "killed"}
+    pictures = {"whole.curves.png", "killed.curves.png"}
+    assert {each.name for each in tmp_path.iterdir()} == {"r.toml", "whole", "killed"} | pictures
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_in_one_line_and_the_next_run_goes_on(slide, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text(f"optimiser = \"sgd\"\nlearning_rate = 0.05\n{TOML}")
+    arguments = ["train", slide, "--labels", "truth", "--recipe", str(tmp_path / "r.toml"), "--device", "cpu", "--json"]
+    assert cli.main([*arguments, "--model", str(tmp_path / "one"), "--processes", "1"]) == 0
+    assert cli.main([*arguments, "--model", str(tmp_path / "two"), "--processes", "2"]) == 0
+    by_one, by_two = (load_model(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(t, by_two.weights[name], atol=1e-3) for name, t in by_one.weights.items())
+    assert by_two.training["processes"] == 2
+    capsys.readouterr()
+
+    command = [*arguments, "--model", str(tmp_path / "killed"), "--processes", "2"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    with run:
+        assert "held out" in run.stderr.readline()
+        parts = [each for each in psutil.Process(run.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        assert len(parts) == 2
+        parts[1].kill()
+        printed, told = run.communicate()
+    assert (run.returncode, printed) == (1, "")
+    (line,) = [line for line in told.splitlines() if "held out" not in line]
+    assert "all 2 processes must live until the end, got process 1 ended by signal 9; the same command" in line
+    assert psutil.wait_procs(parts, timeout=10)[1] == []
+
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["steps_before"] > 0
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 class KilledError(Exception):
@@ -299,6 +334,10 @@ def test_the_command_prints_one_document_and_progress_on_stderr(slide, tmp_path,
     assert (document.steps, document.classes[1]["value"]) == (4, 200)
     assert document.sha256 == load_model(tmp_path / "m").digest
     assert printed.err.count("held out") == 2
+    picture = imagecodecs.png_decode((tmp_path / "m.curves.png").read_bytes())
+    assert picture.std() > 10
+    assert cli.main([*arguments, "--device", "cpu", "--processes", "3"]) == 2
+    assert "each process needs a patch of every batch, got 3 processes and batch 2" in capsys.readouterr().err
 
 
 def test_the_command_refuses_a_bad_recipe_in_one_line(slide, tmp_path, capsys):

@@ -1,25 +1,28 @@
 """Batches: what is learnt from at each step, read ahead.
 
 All that is random in a step follows from the seed and the step's number alone. A training that goes on after a
-restart, or reads further ahead, sees the same patches, whatever had been read before it stopped.
+restart, reads further ahead or with more threads, or shares a batch among processes, sees the same patches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from pipeline.unet.patches import Patch, Patches
 
+AHEAD = 2
+N_READERS = 4
 _PATCHES, _NETWORK = 1, 2
+_WHOLE = slice(None)
 
 
 def draw_batch(patches: Patches, n: int, *, seed: int, step: int) -> list[Patch]:
     """Return the ``n`` patches of a step."""
-    return patches.batch(n, np.random.default_rng((seed, step, _PATCHES)))
+    return [read() for read in _drawn(patches, n, seed=seed, step=step)]
 
 
 def network_seed(seed: int, step: int) -> int:
@@ -28,21 +31,34 @@ def network_seed(seed: int, step: int) -> int:
 
 
 def batches(
-    patches: Patches, n: int, *, seed: int, first: int, last: int, ahead: int = 1
+    patches: Patches, n: int, *, seed: int, first: int, last: int, ahead: int = AHEAD, share: slice = _WHOLE
 ) -> Iterator[tuple[int, list[Patch]]]:
-    """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile."""
-    with ThreadPoolExecutor(max_workers=ahead) as reader:
-        coming, steps = deque[tuple[int, Future[list[Patch]]]](), iter(range(first, last + 1))
+    """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile.
+
+    One thread draws, since what is drawn depends on what was drawn before; others read.
+    """
+    with ThreadPoolExecutor(N_READERS) as readers, ThreadPoolExecutor(1) as drawer:
+
+        def read(step: int) -> list[Future[Patch]]:
+            return [readers.submit(each) for each in _drawn(patches, n, seed=seed, step=step)[share]]
+
+        coming, steps = deque[tuple[int, Future[list[Future[Patch]]]]](), iter(range(first, last + 1))
 
         def submit() -> None:
             for step in steps:
-                coming.append((step, reader.submit(draw_batch, patches, n, seed=seed, step=step)))
+                coming.append((step, drawer.submit(read, step)))
                 if len(coming) >= ahead:
                     break
 
         submit()
         while coming:
-            step, batch = coming.popleft()
-            drawn = batch.result()
+            step, drawn = coming.popleft()
+            batch = [each.result() for each in drawn.result()]
             submit()
-            yield step, drawn
+            yield step, batch
+
+
+def _drawn(patches: Patches, n: int, *, seed: int, step: int) -> list[Callable[[], Patch]]:
+    """Return what reads the patches of a step."""
+    rng = np.random.default_rng((seed, step, _PATCHES))
+    return [patches.drawn(rng) for _ in range(n)]

@@ -12,6 +12,23 @@ _FACTOR = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A step that was taken, the first being one.
+
+    Attributes
+    ----------
+    loss : the recipe's loss before it
+    rate : learning rate
+    patches_per_s : of all processes together, from the end of the step before, without a validation between them
+    """
+
+    step: int
+    loss: float
+    rate: float
+    patches_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """How well a network does at a step of its training.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -15,13 +16,14 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
 from pipeline.unet.batches import batches, network_seed
 from pipeline.unet.checkpoint import Checkpoint, CheckpointFile
-from pipeline.unet.course import Validation, best_of, is_best, is_over, rate
+from pipeline.unet.course import Step, Validation, best_of, is_best, is_over, rate
 from pipeline.unet.engine import keep_freed_memory
 from pipeline.unet.learner import Learner
 from pipeline.unet.losses import Objective, balanced
 from pipeline.unet.patches import Patches
 from pipeline.unet.recipe import Recipe
 from pipeline.unet.settings import UNetSettings
+from pipeline.unet.team import ALONE, Team
 from pipeline.unet.validation import validate
 from pipeline.unet.warp import batch_of
 
@@ -45,7 +47,8 @@ class Fitted:
 def fit(
     settings: UNetSettings, patches: Patches, *, validation: Patches, recipe: Recipe, device: str, seed: int,
     minutes: float | None = None, checkpoint: CheckpointFile | None = None,
-    on_progress: Callable[[Validation], None] = lambda _: None,
+    on_progress: Callable[[Validation], None] = lambda _: None, on_step: Callable[[Step], None] = lambda _: None,
+    team: Team = ALONE,
 ) -> Fitted:
     """Return a network that has learnt from the patches; the same for the same seed, machine and number of steps.
 
@@ -56,6 +59,9 @@ def fit(
     checkpoint : written at each validation; where it is there, the training goes on from it and, without ``minutes``,
         ends in the very weights of one that was never stopped
     on_progress : told of each validation, after a restart first of all those before it
+    on_step : told of each step that is taken
+    team : the processes that take every step together, all of which must call this; the first one validates, writes,
+        and tells of both
 
     Raises
     ------
@@ -67,33 +73,40 @@ def fit(
     """
     keep_freed_memory()  # a step takes and frees the same again: 1.1 times as fast on the CPU
     begin, losses, n = perf_counter(), list[float](), recipe.batch_size(patches.n_axes)
-    before = (checkpoint.load() if checkpoint else None) or Checkpoint(0.0, (), {}, {})
+    before = team.first(lambda: checkpoint.load() if checkpoint else None) or Checkpoint(0.0, (), {}, {})
+
+    def elapsed_s() -> float:
+        return before.elapsed_s + perf_counter() - begin
+
     with _same_each_time(seed), _memory(recipe):
-        learner = Learner.new(settings, objective=_objective(patches, recipe), recipe=recipe, device=device)
+        learner = Learner.new(settings, objective=_objective(patches, recipe), recipe=recipe, device=device, team=team)
         curve, best = _taken_up(before, learner, told=on_progress), before.best
         over = bool(curve) and (is_over(curve, recipe) or _spent(before.elapsed_s, minutes) >= 1)
         first, last = curve[-1].step + 1 if curve else 1, 0 if over else recipe.steps
-        for step, drawn in batches(patches, n, seed=seed, first=first, last=last):
-            spent = _spent(before.elapsed_s + perf_counter() - begin, minutes)
+        share, mark = team.share(n), perf_counter()
+        for step, drawn in batches(patches, n, seed=seed, first=first, last=last, share=share):
+            spent = team.first(lambda: _spent(elapsed_s(), minutes)) if minutes else 0.0
             now_rate = rate(recipe, max((step - 1) / recipe.steps, spent), step=step, curve=curve)
             torch.manual_seed(network_seed(seed, step))
             loss = learner.learn(batch_of(drawn, device=device), step=step, rate=now_rate)
             losses.append(_finite(loss, step))
+            took, mark = perf_counter() - mark, perf_counter()
+            on_step(Step(step, loss, now_rate, n / took))
             if step % recipe.validate_every and step < recipe.steps and spent < 1:
                 continue
 
-            now = validate(
-                learner.kept, validation, objective=learner.objective, device=device, step=step,
+            now = team.first(partial(
+                validate, learner.kept, validation, objective=learner.objective, device=device, step=step,
                 train_loss=float(np.mean(losses)),
-            )
+            ))
             _finite(now.loss, step)
             losses.clear()
             curve.append(now)
             best = learner.weights() if is_best(curve) else best
-            if checkpoint:
-                elapsed_s = before.elapsed_s + perf_counter() - begin
-                checkpoint.save(Checkpoint(elapsed_s, tuple(curve), learner.state(), best))
+            if checkpoint and team.leads:
+                checkpoint.save(Checkpoint(elapsed_s(), tuple(curve), learner.state(), best))
             on_progress(now)
+            mark = perf_counter()
             if spent >= 1 or is_over(curve, recipe):
                 break
     return Fitted(best, best_of(curve), tuple(curve), curve[-1].step, first - 1)

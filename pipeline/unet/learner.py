@@ -6,13 +6,17 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.config import Precision
 from pipeline.geometry.tiles import TileRule
+from pipeline.unet.batchwide import widen
 from pipeline.unet.losses import Objective
 from pipeline.unet.network import UNet, channels_last
+from pipeline.unet.numbers import widened
 from pipeline.unet.recipe import Optimiser, Recipe
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.team import ALONE, Team
 from pipeline.unet.warp import Batch
 
 
@@ -31,6 +35,17 @@ def core_of(logits: Tensor, settings: UNetSettings) -> Tensor:
     return logits
 
 
+class _Supervised(nn.Module):
+    """A network whose ``forward``, the one method that torch's hooks of gradients know, gives all that is compared."""
+
+    def __init__(self, network: UNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.network.supervised(x)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Learner:
     """A network that learns.
@@ -39,6 +54,7 @@ class Learner:
     ----------
     network : what takes the steps
     kept : what is validated, and kept if it is good: the network itself, or the moving average of its weights
+    called : gives the logits of every head of the network; in a team it averages their gradients over the processes
     """
 
     network: UNet
@@ -46,24 +62,32 @@ class Learner:
     optimizer: torch.optim.Optimizer
     objective: Objective
     recipe: Recipe
+    called: nn.Module
+    team: Team = ALONE
 
     @classmethod
-    def new(cls, settings: UNetSettings, *, objective: Objective, recipe: Recipe, device: str) -> Learner:
+    def new(
+        cls, settings: UNetSettings, *, objective: Objective, recipe: Recipe, device: str, team: Team = ALONE
+    ) -> Learner:
         """Return a learner with random weights, drawn from torch's generator."""
         network = UNet(settings).to(device)
         network.to(memory_format=channels_last(settings.dims))  # type: ignore[call-overload]
         kept = deepcopy(network) if recipe.ema else network
-        return cls(network, kept, _optimizer(network, recipe), objective, recipe)
+        widen(network, n_patches=recipe.batch_size(settings.dims), team=team)
+        return cls(network, kept, _optimizer(network, recipe), objective, recipe, team.parallel(_Supervised(network)), team)
 
     def learn(self, batch: Batch, *, step: int, rate: float) -> float:
-        """Take a step, the first being one; returns the loss before it."""
+        """Take a step, the first being one, with this process's share of a batch; returns the batch's loss."""
         self.optimizer.param_groups[0]["lr"] = rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         images = batch.images.contiguous(memory_format=channels_last(self.network.settings.dims))
-        every = [core_of(logits, self.network.settings) for logits in self.network.supervised(images)]
-        losses = [self.objective(logits, batch.classes, batch.borders) for logits in every]
-        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+        halved = self.recipe.precision is Precision.BF16
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=halved):
+            every = [core_of(logits, self.network.settings) for logits in self.called(images)]
+        with self.team.adding():
+            losses = [self.objective(widened(logits), batch.classes, batch.borders) for logits in every]
+            loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)

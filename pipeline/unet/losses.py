@@ -1,7 +1,8 @@
 """Losses: how far logits are from the classes; what nobody has labelled counts in none of them.
 
 Sums over voxels are divided by the sum of their weights, so that equal weights change nothing and the learning rate
-keeps its meaning. A batch without a labelled voxel has the loss zero, and no gradient.
+keeps its meaning. A batch without a labelled voxel has the loss zero, and no gradient. Sums go through ``total``, so
+that processes which learn together, each from a share of the batch, have the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.unet.patches import IGNORED
+from pipeline.unet.team import total
 
 
 class Loss(StrEnum):
@@ -123,8 +125,10 @@ def dice(logits: Tensor, classes: Tensor) -> Tensor:
     truth = (_one_hot(classes, logits.shape[1]) & counted).to(logits.dtype)
     likely = logits.softmax(dim=1) * counted
     over = (0, *range(2, logits.ndim))
-    n_true = truth.sum(over)
-    overlap = 2 * (likely * truth).sum(over) / (likely.square().sum(over) + n_true).clamp_min(1e-7)
+    both, likely_squared, n_true = total(
+        torch.stack([(likely * truth).sum(over), likely.square().sum(over), truth.sum(over)])
+    ).unbind()
+    overlap = 2 * both / (likely_squared + n_true).clamp_min(1e-7)
     present = n_true > 0
     return ((1 - overlap) * present).sum() / present.sum().clamp_min(1)
 
@@ -142,5 +146,5 @@ def _one_hot(classes: Tensor, n: int) -> Tensor:
 
 def _mean(each: Tensor, weights: Tensor) -> Tensor:
     """Return the mean over the weights, zero where there are none."""
-    total = weights.sum()
-    return (each * weights).sum() / torch.where(total > 0, total, 1.0)
+    weighed, weight = total(torch.stack([(each * weights).sum(), weights.sum()])).unbind()
+    return weighed / torch.where(weight > 0, weight, 1.0)

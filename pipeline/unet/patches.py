@@ -13,8 +13,9 @@ shows there, and mirrored only where the scan ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -161,10 +162,14 @@ class Patches:
 
     def draw(self, rng: np.random.Generator) -> Patch:
         """Return a random patch, turned at random, with its change still to be done."""
+        return self.drawn(rng)()
+
+    def drawn(self, rng: np.random.Generator) -> Callable[[], Patch]:
+        """Return what reads a random patch, whenever and wherever it is called: all is drawn by now."""
         source, place = self._where(rng)
         turn = self.turns[int(rng.integers(len(self.turns)))]
         change = draw_change(self.augmentation, self.tile, spacing=self.spacing or (1.0,) * self.n_axes, rng=rng)
-        return self.changed(source, place, turn=turn, change=change)
+        return partial(self.changed, source, place, turn=turn, change=change)
 
     def with_foreground(self, share: float) -> Patches:
         """Return patches of which this part are centred on a voxel of a class that is not the most frequent one.

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.augment import Augmentation
@@ -80,6 +81,9 @@ class Recipe:
     foreground_share : part of the patches that are centred on a voxel of a class other than the most frequent one
     ema : decay per step of a moving average of the weights, at least 0 and below 1, such as 0.99; the average is
         validated and kept instead of them (doi:10.1137/0330046); 0: none
+    precision : of the network while it learns, float32 or bf16 (autocast); loss, weights and their updates, checkpoints
+        and validations are float32 either way. On a GPU since Ampere take bf16, which halves the memory of activations;
+        on a CPU only if it has bf16 instructions
     steps : when to stop
     patience : stop earlier, after so many validations without progress; 0: never
     validate_every : steps between two validations
@@ -123,6 +127,7 @@ class Recipe:
     ignore: int | None = None
     foreground_share: float = 0.0
     ema: float = 0.0
+    precision: Precision = Precision.FLOAT32
     steps: int = 1000
     patience: int = 0
     validate_every: int = 50
@@ -151,6 +156,8 @@ class Recipe:
         for name in ("momentum", "ema"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ArgumentError(f"{name} must be at least 0 and below 1, got {value}; use 0.99")
+        if self.precision not in (Precision.FLOAT32, Precision.BF16):
+            raise ArgumentError(f"precision of a training must be float32 or bf16, got {self.precision}; use bf16")
         self._check_weights()
 
     def _check_weights(self) -> None:

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import Precision
 from pipeline.errors import ArgumentError, BudgetError, RunError
 from pipeline.geometry.box import Box
 from pipeline.unet.augment import Augmentation
+from pipeline.unet.checkpoint import CheckpointFile
 from pipeline.unet.course import is_over
 from pipeline.unet.fit import fit
 from pipeline.unet.learner import training_rule
@@ -221,6 +223,32 @@ def test_the_average_of_weights_learns_textures():
     recipe = replace(RECIPE, ema=0.9)
     result = fitted(recipe.network(dims=2, in_channels=1, n_classes=2), recipe=recipe)
     assert min(result.best.dice) > 0.9
+
+
+def test_halved_activations_learn_textures_and_all_that_is_kept_is_whole(tmp_path):
+    halved = replace(RECIPE, precision=Precision.BF16, ema=0.9)
+    settings = halved.network(dims=2, in_channels=1, n_classes=2)
+    file = CheckpointFile(str(tmp_path / "c"), {})
+    result = fitted(settings, recipe=halved, checkpoint=file)
+    assert min(result.best.dice) > 0.9
+    state = file.load().state
+    assert {t.dtype for name, t in state.items() if "num_batches" not in name} == {torch.float32}
+    whole = fitted(settings, recipe=replace(halved, precision=Precision.FLOAT32))
+    first, same = result.curve[0].train_loss, whole.curve[0].train_loss
+    assert first == pytest.approx(same, rel=0.05)
+    assert first != same
+    with pytest.raises(ArgumentError, match="must be float32 or bf16, got fp16; use bf16"):
+        replace(halved, precision=Precision.FP16)
+
+
+def test_every_step_is_told_with_its_loss_and_rate():
+    steps = []
+    recipe = replace(RECIPE, steps=6, validate_every=3, schedule=Schedule.CONSTANT, warm_up_steps=1)
+    result = fitted(recipe.network(dims=2, in_channels=1, n_classes=2), recipe=recipe, on_step=steps.append)
+    assert [each.step for each in steps] == [1, 2, 3, 4, 5, 6]
+    assert [each.rate for each in steps] == pytest.approx([0.005] + [0.01] * 5)
+    assert np.mean([each.loss for each in steps[:3]]) == pytest.approx(result.curve[0].train_loss)
+    assert all(each.patches_per_s > 0 for each in steps)
 
 
 def test_a_seed_below_zero_is_refused():
