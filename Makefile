@@ -42,6 +42,9 @@ bench-scale: $(READY) ## how a run scales: workers, voxels, columns
 bench-archive: $(READY) ## what an archive's workers do between scans, and what very many blocks cost
 	.venv/bin/python tests/benchmarks/bench_archive.py
 
+bench-train: $(READY) ## how much of a training's speed its loader costs
+	.venv/bin/python tests/benchmarks/bench_train.py
+
 bench-memory: $(READY) ## a scan of 16 GiB through processes of under 2 GiB
 	.venv/bin/python tests/benchmarks/bench_memory.py
 
@@ -51,4 +54,4 @@ demo-model: $(READY) ## make the demo's scan and model again (needs HALOSEG_DATA
 clean:           ## remove what the targets made
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo serve test test-slow lint bench bench-scale bench-archive bench-memory demo-model clean
+.PHONY: help demo serve test test-slow lint bench bench-scale bench-archive bench-train bench-memory demo-model clean

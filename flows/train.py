@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from time import monotonic
@@ -9,7 +10,12 @@ from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from flows.parameters import ImagePaths, LabelName, Minutes, ModelPath, RecipePath
 from flows.stages import failed, stage
@@ -62,6 +68,12 @@ class Course:
         made = shown(lambda: create_table_artifact(rows, key=f"{self._key}-curve", description=told))
         self._table = made if isinstance(made, UUID) else None
 
+    def write_picture(self, png: bytes) -> None:
+        """Show the learning curves, once the training is over."""
+        data = base64.b64encode(png).decode()
+        page = f"# Curves\n\n{self.summary}\n\n![learning curves](data:image/png;base64,{data})\n"
+        shown(lambda: create_markdown_artifact(page, key=f"{self._key}-curves"))
+
     @property
     def summary(self) -> str:
         """How far it is, and the best so far."""
@@ -105,6 +117,7 @@ def train_stage(images: list[str], labels: str, model: str, minutes: float, reci
         on_progress=on_progress,
     )
     course.write(percent=100)
+    course.write_picture(Location(f"{model}.curves.png").read_bytes())
     return result.to_json()
 
 

@@ -15,6 +15,7 @@ from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
+from pipeline.store.reading import open_voxels
 from pipeline.unet.borders import Borders, Separated, in_memory
 from pipeline.unet.learner import training_rule
 from pipeline.unet.patches import Patches, Source, orientations
@@ -158,11 +159,15 @@ def _sources(
     images: list[Image], truths: list[Labels], *, recipe: Recipe, spacing: tuple[float, ...], dims: int
 ) -> tuple[Source, ...]:
     """Return the images with their labels, in memory where they are small."""
-    arrays: list[Any] = [*(image.array for image in images), *(truth.array for truth in truths)]
+    volumes: list[Image | Labels] = [*images, *truths]
+    arrays: list[Any] = [each.array for each in volumes]
     n_voxels = sum(prod(image.spatial_shape) for image in images)
     computed_bytes = n_voxels * (2 * recipe.instances + 4 * (recipe.border_weight > 0))
     resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
-    stored: list[Sliceable] = [np.asarray(array[:]) for array in arrays] if resident else arrays
+    stored: list[Sliceable] = [
+        np.asarray(array[:]) if resident else open_voxels(each.location / each.levels[0].path)
+        for array, each in zip(arrays, volumes, strict=True)
+    ]
     n, axes, sources = len(images), tuple(range(len(spacing) - dims, len(spacing))), []
     for image, voxels, ids in zip(images, stored[:n], stored[n:], strict=True):
         labels, borders = ids, None

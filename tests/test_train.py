@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from pipeline import cli
 from pipeline.compute.runner import run_serial
 from pipeline.errors import ArgumentError, RunError, StoreError
 from pipeline.ingest import ingest, ingest_labels
+from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
 from pipeline.store.image import open_image
 from pipeline.train import train
 from pipeline.unet.augment import Augmentation
+from pipeline.unet.batches import draw_batch
 from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
 from pipeline.unet.recipe import Recipe
@@ -257,6 +260,15 @@ def test_rare_classes_are_drawn_from_memory_and_from_disk_alike(tmp_path, monkey
     monkeypatch.setattr("pipeline.lesson.RESIDENT_BYTES", 0)
     train([image], labels="truth", model=str(tmp_path / "disk"), recipe=recipe)
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
+
+
+def test_what_lies_on_disk_is_drawn_alike_in_another_process(slide, monkeypatch):
+    monkeypatch.setattr("pipeline.lesson.RESIDENT_BYTES", 0)
+    patches = open_lesson([slide], labels="truth", recipe=RECIPE).learn
+    sent = pickle.loads(pickle.dumps(patches))
+    for here, there in zip(draw_batch(patches, 3, seed=0, step=1), draw_batch(sent, 3, seed=0, step=1), strict=True):
+        assert np.array_equal(here.image, there.image)
+        assert np.array_equal(here.classes, there.classes)
 
 
 def test_slices_of_a_thin_volume_train_a_2d_network(tmp_path):

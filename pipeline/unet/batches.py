@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.unet.patches import Patch, Patches
 
 AHEAD = 2
-N_READERS = 4
+N_READERS = 8
 _PATCHES, _NETWORK = 1, 2
 _WHOLE = slice(None)
 

@@ -74,7 +74,8 @@ class Learner:
         network.to(memory_format=channels_last(settings.dims))  # type: ignore[call-overload]
         kept = deepcopy(network) if recipe.ema else network
         widen(network, n_patches=recipe.batch_size(settings.dims), team=team)
-        return cls(network, kept, _optimizer(network, recipe), objective, recipe, team.parallel(_Supervised(network)), team)
+        called = team.parallel(_Supervised(network))
+        return cls(network, kept, _optimizer(network, recipe), objective, recipe, called, team)
 
     def learn(self, batch: Batch, *, step: int, rate: float) -> float:
         """Take a step, the first being one, with this process's share of a batch; returns the batch's loss."""

@@ -1,5 +1,6 @@
 """The flow that trains, as the Prefect UI shows it."""
 
+import base64
 import json
 from dataclasses import replace
 
@@ -31,6 +32,8 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     rows = json.loads(table.data)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["step"] for row in rows if row["best so far"]] == [best["step"]]
+    picture = base64.b64encode((tmp_path / "flow.safetensors.curves.png").read_bytes()).decode()
+    assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-safetensors-curves").data
 
 
 def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):

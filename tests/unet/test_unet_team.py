@@ -38,7 +38,7 @@ CASES = {
 
 
 def lesson_of(recipe):
-    """Return settings and patches; labels are sparse to the left and borders weigh, so that no two patches count alike."""
+    """Return settings and patches; labels are sparse to the left and borders weigh: no two patches count alike."""
     shape = (24, 40, 72) if recipe.dims == 3 else (128, 144)
     settings = recipe.network(dims=recipe.dims or 2, in_channels=1, n_classes=2)
     learn, check = patches_of(shape, settings, recipe)
