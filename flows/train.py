@@ -117,7 +117,7 @@ def train_stage(images: list[str], labels: str, model: str, minutes: float, reci
         on_progress=on_progress,
     )
     course.write(percent=100)
-    course.write_picture(Location(f"{model}.curves.png").read_bytes())
+    course.write_picture(Location(f"{result.path}.curves.png").read_bytes())
     return result.to_json()
 
 
