@@ -4,6 +4,7 @@ Everything goes the way of the command line: ingest, train, segment, on whole he
 the comparison what the training never sees, not even to choose its weights.
 
     python tests/benchmarks/bench_recipes.py CASE [--fold N] [--recipe NAME|TOML] [--steps N] [--minutes M] [--seed N]
+        [--precision bf16]
 
 V_rand and V_info are the foreground-restricted scores of Arganda-Carreras et al. 2015 (doi:10.3389/fnana.2015.00142),
 the best over thresholds from 0.1 to 0.9, after the borders of each slice are thinned to lines of one voxel, by a
@@ -29,6 +30,7 @@ from scipy.sparse import coo_matrix
 from skimage.segmentation import watershed
 
 from pipeline.compute.runner import run_serial
+from pipeline.config import Precision
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.labels.metrics import ContingencyTable
 from pipeline.plan import plan_segment
@@ -158,13 +160,14 @@ def main():
     parser.add_argument("--recipe")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--precision", type=Precision, choices=Precision, default=Precision.FLOAT32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/recipes"))
     args = parser.parse_args()
     learn, check, test = CASES[args.case](Path(os.environ["HALOSEG_DATA"]), args.fold)
     recipe = load_recipe(args.recipe or args.case)
-    recipe = replace(recipe, steps=args.steps) if args.steps else recipe
+    recipe = replace(recipe, steps=args.steps or recipe.steps, precision=args.precision)
     data = args.folder / args.case
     data.mkdir(parents=True, exist_ok=True)
     learn, check, tested = (images_of(parts, data) for parts in (learn, check, test))
@@ -182,6 +185,7 @@ def main():
     found = score(args.case, tested, test, model=model, name=name, values=result.model.class_values)
     row = {
         "case": args.case, "fold": args.fold, "seed": args.seed, "recipe": args.recipe or args.case,
+        "precision": args.precision.value,
         "steps": result.n_steps, "best_step": result.best.step, "train_cpu_s": trained_s, "train_s": result.wall_s,
         **found,
     }  # fmt: skip

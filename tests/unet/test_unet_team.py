@@ -17,6 +17,7 @@ from pipeline.unet.launch import launch
 from pipeline.unet.losses import Loss
 from pipeline.unet.processes import processes_for
 from pipeline.unet.recipe import Optimiser, Schedule
+from pipeline.unet.settings import Family
 from pipeline.unet.team import ALONE, Team
 
 # Rates of sgd follow the gradient; adamw makes a whole step of the rounding where a gradient is zero.
@@ -33,6 +34,7 @@ CASES = {
     "adamw": replace(SHORT, batch_norm=False, optimiser=Optimiser.ADAMW, learning_rate=1e-3),
     "volumes": replace(SHORT, dims=3, depth=1, patch=16, batch=2),
     "changed, going on": replace(SHORT, augmentation=Augmentation(rotation_degrees=90, noise=0.1, gamma=0.3)),
+    "deep supervision": replace(SHORT, family=Family.NESTED, deep_supervision=True),
     "halved": replace(SHORT, precision=Precision.BF16),
 }
 
