@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from keyword import iskeyword
 from typing import NoReturn
 
 from rich.logging import RichHandler
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name: str, help_text: str, *parents: _Parser) -> _Parser:
         added = verbs.add_parser(name, help=help_text, description=help_text, parents=[common, *parents])
-        added.set_defaults(run=getattr(commands, name))
+        added.set_defaults(run=getattr(commands, f"{name}_" if iskeyword(name) else name))
         return added
 
     demo = verb("demo", "the main job on the scan that ships: ingest, segment, evaluate, picture")
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image", cluster))
     verb("info", "tell what a scan, an image or labels are").add_argument("path", metavar="PATH")
     _add_train(verb("train", "train a U-Net on images and their labels"))
+    _add_import(verb("import", "make a model of a network from elsewhere, with its tile rule measured"))
     verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")
     _add_plan(plan := verb("plan", "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"))
     plan.add_argument("--calibrate", action="store_true", help="time a few slabs on this machine, and tell how long")
@@ -120,6 +122,19 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
         "--processes", type=_positive, metavar="N", help="share each batch among so many (default: the GPUs; CPU: 1)"
     )
     verb.add_argument("--tensorboard", metavar="DIR", help="a folder for a log that TensorBoard shows")
+
+
+def _add_import(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("network", metavar="FILE", help="a program saved by torch.export.save (.pt2)")
+    verb.add_argument("--model", required=True, metavar="FILE", help="the model file to write (.safetensors)")
+    verb.add_argument("--classes", type=_words, default=(), metavar="A,B,..", help="names, none first with a sigmoid")
+    verb.add_argument("--channels", type=_words, default=(), metavar="A,B,..", help="names of the image's channels")
+    verb.add_argument("--normalisation", metavar="HOW", help="zscore (default), percentile, range or none, per scan")
+    verb.add_argument("--mean", type=_numbers, default=(), metavar="X,..", help="then subtracted, one per channel")
+    verb.add_argument("--std", type=_floats, default=(), metavar="X,..", help="then divided by, one per channel")
+    verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="of the images that it learned from")
+    verb.add_argument("--head", choices=("softmax", "sigmoid"), help="what its logits need (default: what it ends in)")
+    verb.add_argument("--output", type=int, default=0, metavar="N", help="which of several outputs, from 0")
 
 
 def _add_plan(verb: argparse.ArgumentParser) -> None:
@@ -167,6 +182,17 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def _floats(text: str) -> tuple[float, ...]:
     return tuple(_positive_float(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 0.5,0.4, got {text}") from None
 
 
 def _bytes(text: str) -> int:

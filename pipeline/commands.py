@@ -60,6 +60,12 @@ def train(args: Namespace) -> Document:
     return document
 
 
+def import_(args: Namespace) -> Document:
+    """Make a model of a network from elsewhere."""
+    document: Document = resolve_name("pipeline.importing:command")(args)
+    return document
+
+
 def inspect(args: Namespace) -> Document:
     """Tell what a model is."""
     document: Document = resolve_name("pipeline.inspect:inspect")(_model(args.model))

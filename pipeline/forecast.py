@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.plan import Plan, streaming_of
 from pipeline.unet.calibrate import rows_per_s
 from pipeline.unet.engine import make_engine
-from pipeline.unet.model import build
+from pipeline.unet.model import build_unet
 
 
 def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
@@ -14,7 +14,7 @@ def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
         return None
     columns, slices = plan.columns, len(plan.grid.shape) - plan.model.settings.dims
     engine = make_engine(
-        build(plan.model, "cpu"), device=plan.device, precision=plan.precision, first=columns.axis - slices
+        build_unet(plan.model, "cpu"), device=plan.device, precision=plan.precision, first=columns.axis - slices
     )
     cross = tuple(n for at, n in enumerate(columns.part_shape) if at >= slices and at != columns.axis)
     rate = rows_per_s(engine, cross=cross, slab=columns.slab, seconds=seconds)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.unet.adopt import measured_again
 from pipeline.unet.families import chain_of, name_of, why_not_streamed
+from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
 from pipeline.unet.layers import lags
-from pipeline.unet.model import build, load_model
+from pipeline.unet.model import Model, build, load_model
 from pipeline.unet.receptive import measured_rule
 
 
@@ -18,18 +20,29 @@ def inspect(path: str) -> dict[str, Any]:
     ModelError : the file is no model of ours, or damaged.
     """
     model = load_model(path)
-    rule = measured_rule(model.settings)
     network = build(model, device="cpu")
     why = why_not_streamed(model.settings)
-    tiles = [rule.tile_shape(tuple(s * k for s in rule.stride)) for k in (1, 4, 16)]
+    rule = measured_again(network) if isinstance(network, ForeignNetwork) else measured_rule(model.unet)
+    tiles = [rule.tile_shape(tuple(s * k for s in rule.stride)) for k in _cores(model)]
     return {
         "model": str(path), "sha256": model.digest, "kind": name_of(model.settings),
         "network": model.settings.to_json(), "classes": list(model.classes),
-        "class_values": list(model.class_values), "parameters": sum(p.numel() for p in network.parameters()),
+        "class_values": list(model.class_values), "parameters": _n_parameters(model),
         "normalisation": model.normalisation.value,
         "voxel_size_um": list(model.voxel_size_um) if model.voxel_size_um else None,
         "stride_shape": list(rule.stride), "halo_shape": list(rule.halo), "trim_shape": list(rule.trim),
         "rule_as_recorded": rule == model.rule, "tile_examples": [list(t) for t in tiles], "training": model.training,
         "streams": not why, "runs_by_tiles_because": why or None,
-        "lag_rows": None if why else -lags(chain_of(model.settings), 0)[-1],
+        "lag_rows": None if why else -lags(chain_of(model.unet), 0)[-1],
     }  # fmt: skip
+
+
+def _cores(model: Model) -> tuple[int, ...]:
+    """Return the cores of the tiles that are named, in strides."""
+    return (1,) if isinstance(model.settings, ForeignSettings) and model.settings.tile else (1, 4, 16)
+
+
+def _n_parameters(model: Model) -> int:
+    if isinstance(model.settings, ForeignSettings):
+        return model.settings.n_parameters
+    return sum(p.numel() for p in build(model, device="cpu").parameters())

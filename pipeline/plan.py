@@ -24,6 +24,7 @@ from pipeline.store.probabilities import Probabilities, check_same_probabilities
 from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.families import why_not_streamed
+from pipeline.unet.foreign import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import UNetSettings
@@ -109,6 +110,7 @@ def plan_segment(
     # absolute, since the workers of a cluster run in folders of their own
     of, model = open_image(Location(str(image)).absolute()), str(Location(str(model)).absolute())
     network = load_model(model)
+    scheme = scheme_for(network.settings, scheme)
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
     _warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
@@ -160,7 +162,7 @@ def streaming_of(
 ) -> Streaming:
     """Return what columns are chosen for."""
     return Streaming(
-        model.settings, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
+        model.unet, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
         precision.itemsize, device,
     )  # fmt: skip
 
@@ -246,7 +248,7 @@ def _buffer_bytes(grid: BlockGrid, image: Image, output_bytes: int) -> int:
 
 
 def _counts(
-    grid: BlockGrid, rule: TileRule, core: tuple[int, ...], settings: UNetSettings
+    grid: BlockGrid, rule: TileRule, core: tuple[int, ...], settings: UNetSettings | ForeignSettings
 ) -> tuple[int, int, int]:
     """Return tiles, their multiplications, and voxels read, over all blocks; tiles differ in size at borders only."""
     read = 1

@@ -176,7 +176,7 @@ def as_image(
     if scheme.tile:
         given_tile(network, scheme.tile)
     if scheme.slab:
-        network.settings.check_slab(scheme.slab)
+        network.unet.check_slab(scheme.slab)
     beside = image_beside(path)
     there = read_image(beside)
     if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():

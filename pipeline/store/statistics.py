@@ -29,6 +29,7 @@ class Normalisation(StrEnum):
     ZSCORE = "zscore"  # mean 0, standard deviation 1
     PERCENTILE = "percentile"  # 1st to 99th percentile become 0 to 1
     RANGE = "range"  # minimum to maximum become 0 to 1
+    NONE = "none"  # intensities as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class ChannelStatistics:
 
     def window(self, how: Normalisation) -> tuple[float, float]:
         """Return (offset, scale): the network sees ``(intensity - offset) * scale``; scale 1 if constant."""
+        if how is Normalisation.NONE:
+            return 0.0, 1.0
         if how is Normalisation.ZSCORE:
             offset, width = self.mean, self.std
         elif how is Normalisation.PERCENTILE:

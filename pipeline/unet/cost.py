@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from math import prod
 
+from pipeline.unet.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
 from pipeline.unet.families import chain_of
+from pipeline.unet.foreign import ForeignSettings
 from pipeline.unet.layers import Axes, Chain, Conv, Join, Pool, Span, Up, lags, multiply_adds, n_weights, shapes
 from pipeline.unet.settings import UNetSettings
 
 ALLOCATOR = 1.2
 
 
-def bare_multiply_adds(settings: UNetSettings, shape: tuple[int, ...]) -> int:
+def bare_multiply_adds(settings: UNetSettings | ForeignSettings, shape: tuple[int, ...]) -> int:
     """Return the multiplications of one pass over a scan of this shape without any halo: the least there can be.
 
     ``shape`` may have one axis more in front than the network: slices, one pass each.
     """
+    if isinstance(settings, ForeignSettings):
+        return foreign_bare_multiply_adds(settings, shape)
     slices, inner = prod(shape[: len(shape) - settings.dims]), shape[len(shape) - settings.dims :]
     return slices * sum(
         multiply_adds(layer, settings) * prod(-(-n // scale) for n, scale in zip(inner, layer.scale, strict=True))
@@ -23,8 +27,10 @@ def bare_multiply_adds(settings: UNetSettings, shape: tuple[int, ...]) -> int:
     )
 
 
-def tile_multiply_adds(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
+def tile_multiply_adds(settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...]) -> int:
     """Return the multiplications of one pass over a tile, halo included, with the padding that the network has."""
+    if isinstance(settings, ForeignSettings):
+        return foreign_multiply_adds(settings, tile_shape)
     chain = chain_of(settings)
     made = zip(chain, shapes(chain, tile_shape, settings.padding)[1:], strict=True)
     return sum(multiply_adds(layer, settings) * prod(shape) for layer, shape in made)

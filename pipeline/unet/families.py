@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from pipeline.unet.foreign import ForeignSettings
 from pipeline.unet.layers import Activate, Axes, Chain, Conv, Gate, Interpolate, Join, Layer, Pool, Stride, Sum, Up
 from pipeline.unet.reach import FCN_BOTTOM
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, Upsampling, closed_form_rule
@@ -42,11 +43,13 @@ def chain_of(settings: UNetSettings) -> Chain:
     return program_of(settings).layers
 
 
-def why_not_streamed(settings: UNetSettings) -> str:
+def why_not_streamed(settings: UNetSettings | ForeignSettings) -> str:
     """Return the settings that keep a network from being streamed, row after row; empty where none does.
 
     Streams follow a chain of convolutions, poolings, upsamplings and joins of one skip each: a U-Net of plain blocks.
     """
+    if isinstance(settings, ForeignSettings):
+        return "a network from elsewhere"
     branching = {
         f"family {settings.family}": settings.family is not Family.UNET,
         f"block {settings.block}": settings.block is not Block.PLAIN,
@@ -56,8 +59,10 @@ def why_not_streamed(settings: UNetSettings) -> str:
     return " and ".join(name for name, branches in branching.items() if branches)
 
 
-def name_of(settings: UNetSettings) -> str:
+def name_of(settings: UNetSettings | ForeignSettings) -> str:
     """Return what networks like this one are called, such as "3-D residual U-Net with attention gates"."""
+    if isinstance(settings, ForeignSettings):
+        return f"{settings.dims}-D {settings.source}"
     kinds = {Family.UNET: "U-Net", Family.NESTED: "U-Net++", Family.FCN: f"FCN-{settings.stride >> 2}s"}
     blocks = {Block.PLAIN: "", Block.RESIDUAL: "residual ", Block.PREACTIVATED: "preactivated residual "}
     parts = {

@@ -13,8 +13,10 @@ from math import prod
 
 from pipeline.errors import BudgetError
 from pipeline.geometry.tiles import TileRule
+from pipeline.unet.appraisal import foreign_peak_bytes
 from pipeline.unet.cost import weight_bytes
 from pipeline.unet.families import chain_of
+from pipeline.unet.foreign import ForeignSettings
 from pipeline.unet.layers import Conv, Stride, Up, last_uses, shapes
 from pipeline.unet.model import Model
 from pipeline.unet.settings import Block, UNetSettings, Upsampling
@@ -27,7 +29,7 @@ BRANCHING = 3.5
 _FLOAT = 4
 
 
-def peak_bytes(settings: UNetSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1) -> int:
+def peak_bytes(settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1) -> int:
     """Return the bytes that one forward pass needs: weights, activations, classes, and the convolutions' workspace.
 
     Parameters
@@ -39,6 +41,8 @@ def peak_bytes(settings: UNetSettings, tile_shape: tuple[int, ...], *, n_slices:
     ------
     ArgumentError : the network does not accept such a tile.
     """
+    if isinstance(settings, ForeignSettings):
+        return foreign_peak_bytes(settings, tile_shape, n_slices=n_slices)
     for axis, size in enumerate(tile_shape):
         settings.check_size(size, axis)
     weights = weight_bytes(chain_of(settings), itemsize=_FLOAT)
@@ -58,6 +62,8 @@ def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...
     BudgetError : not even the smallest tile fits.
     """
     rule = model.rule
+    if isinstance(model.settings, ForeignSettings) and model.settings.tile:
+        largest_core = rule.stride  # its only tile
     for core in _by_halo_overhead(rule, largest_core):
         tile = rule.tile_shape(core)
         if peak_bytes(model.settings, tile) <= budget_bytes:

@@ -18,11 +18,13 @@ from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
+from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import UNetSettings, closed_form_rule
 from pipeline.unet.whole import write_whole
 
-FORMAT = 1
+FORMAT = 2
+_FORMAT_OF_UNETS = 1  # what an older haloseg can read, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
@@ -45,7 +47,7 @@ class Model:
     digest : SHA-256 of the file; empty before it is saved
     """
 
-    settings: UNetSettings
+    settings: UNetSettings | ForeignSettings
     classes: tuple[str, ...]
     class_values: tuple[int, ...]
     normalisation: Normalisation
@@ -68,12 +70,19 @@ class Model:
                 f"class values must differ, and channels be {self.settings.in_channels}, got {self.class_values} and "
                 f"{self.channels}; name each once"
             )
-        if self.rule != closed_form_rule(self.settings):
+        expected = _rule_of(self.settings)
+        if self.rule != expected:
             raise ArgumentError(
-                f"the tile rule must follow from the network, {closed_form_rule(self.settings)}, got {self.rule}; "
-                "save the model anew"
+                f"the tile rule must follow from the network, {expected}, got {self.rule}; save the model anew"
             )
         _check_weights(self.settings, self.weights)
+
+    @property
+    def unet(self) -> UNetSettings:
+        """The settings of a network of ours, which can be streamed."""
+        if isinstance(self.settings, ForeignSettings):
+            raise ModelError("a network from elsewhere runs by tiles, got one to be streamed; leave --slab out")
+        return self.settings
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -108,12 +117,21 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         ) from error
 
 
-def build(model: Model, device: str) -> UNet:
+def build(model: Model, device: str) -> UNet | ForeignNetwork:
     """Return the model's network on a device, in eval mode and without gradients."""
-    with torch.device("meta"):
-        network = UNet(model.settings)
-    network.load_state_dict(model.weights, assign=True)
+    if not isinstance(model.settings, ForeignSettings):
+        return build_unet(model, device)
+    network = ForeignNetwork(model.settings, model.weights)
     network.to(memory_format=channels_last(model.settings.dims))  # type: ignore[call-overload]
+    return network.to(device).eval()
+
+
+def build_unet(model: Model, device: str) -> UNet:
+    """Return the model's network, which is one of ours, on a device, in eval mode and without gradients."""
+    with torch.device("meta"):
+        network = UNet(model.unet)
+    network.load_state_dict(model.weights, assign=True)
+    network.to(memory_format=channels_last(model.unet.dims))  # type: ignore[call-overload]
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -138,7 +156,8 @@ def _document(content: bytes) -> dict[str, Any]:
 
 def _to_json(model: Model) -> dict[str, Any]:
     return {
-        "format": FORMAT, "network": model.settings.to_json(), "classes": model.classes,
+        "format": FORMAT if isinstance(model.settings, ForeignSettings) else _FORMAT_OF_UNETS,
+        "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
         "voxel_size_um": model.voxel_size_um, "training": model.training,
         "rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
@@ -149,17 +168,27 @@ def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: 
     rule, size = document["rule"], document["voxel_size_um"]
     if not isinstance(document["training"], dict):
         raise ModelError("its training record is no JSON object")
+    tile_rule = TileRule(*(tuple(map(int, rule[name])) for name in ("stride", "halo", "trim")))
+    network = document["network"]
+    foreign = isinstance(network, dict) and network.get("kind") == "program"
+    settings = ForeignSettings.from_json(network, tile_rule, weights) if foreign else UNetSettings.from_json(network)
     return Model(
-        UNetSettings.from_json(document["network"]), tuple(map(str, document["classes"])),
+        settings, tuple(map(str, document["classes"])),
         tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
         tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
-        TileRule(*(tuple(map(int, rule[name])) for name in ("stride", "halo", "trim"))), document["training"],
-        weights, digest,
+        tile_rule, document["training"], weights, digest,
     )  # fmt: skip
 
 
-def _check_weights(settings: UNetSettings, weights: dict[str, Tensor]) -> None:
+def _rule_of(settings: UNetSettings | ForeignSettings) -> TileRule:
+    return settings.rule if isinstance(settings, ForeignSettings) else closed_form_rule(settings)
+
+
+def _check_weights(settings: UNetSettings | ForeignSettings, weights: dict[str, Tensor]) -> None:
     """Refuse tensors that are not exactly those of the network, or not finite."""
+    if isinstance(settings, ForeignSettings):
+        settings.check_weights(weights)
+        return
     with torch.device("meta"):
         expected = UNet(settings).state_dict()
     if odd := sorted(set(expected) ^ set(weights)):

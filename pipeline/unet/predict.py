@@ -15,6 +15,7 @@ from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.engine import Engine
+from pipeline.unet.foreign import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last, classes_of, probabilities_of
 from pipeline.unet.numbers import exactly, normalised, widened
 
@@ -40,7 +41,7 @@ class Predictor:
     """
 
     def __init__(
-        self, network: UNet | Engine, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
+        self, network: UNet | ForeignNetwork | Engine, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
         tile_shape: tuple[int, ...], device: str, n_slices: int = 1, on_tile: Callable[[], None] = lambda: None,
     ) -> None:
         settings = network.settings
@@ -49,7 +50,7 @@ class Predictor:
                 f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {windows}, {rule} and "
                 f"tile {tile_shape}; give the model's own"
             )
-        training = isinstance(network, UNet) and network.training
+        training = isinstance(network, UNet | ForeignNetwork) and network.training
         if training or n_slices < 1:
             raise ArgumentError(
                 f"a predictor needs a network in eval mode and at least one slice, got training={training} and "

@@ -47,7 +47,7 @@ def _measured_line(settings: UNetSettings, factors: tuple[int, ...]) -> tuple[in
     """Return stride, halo and trim along an axis that is pooled by these factors."""
     plane = tuple((2, factor) for factor in factors)
     twin = UNet(replace(settings, dims=2, width=1, in_channels=1, poolings=plane))
-    with _exact(twin):
+    with exact_sums(twin):
         probe = _Probe(twin, 2, 1)
         return _measure_axis(probe, probe.smallest_shape(), 1)
 
@@ -63,7 +63,7 @@ def measure_tile_rule(network: nn.Module, *, dims: int, in_channels: int) -> Til
         finite.
     """
     probe = _Probe(network, dims, in_channels)
-    with _exact(network):
+    with exact_sums(network):
         base = probe.smallest_shape()
         axes = [_measure_axis(probe, base, axis) for axis in range(dims)]
     stride, halo, trim = (tuple(values) for values in zip(*axes, strict=True))
@@ -71,7 +71,7 @@ def measure_tile_rule(network: nn.Module, *, dims: int, in_channels: int) -> Til
 
 
 @contextmanager
-def _exact(network: nn.Module) -> Iterator[None]:
+def exact_sums(network: nn.Module) -> Iterator[None]:
     """Run in eval mode without gradients, and by direct sums: Winograd and FFT kernels spread NaN over whole tiles."""
     was = {module: module.training for module in network.modules()}
     network.eval()
@@ -245,9 +245,9 @@ def _grown(line: _Line, size: int, at: int) -> tuple[int, ...]:
 
 def _endless(line: _Line, size: int) -> ModelError:
     return ModelError(
-        f"a network must have a finite receptive field to be tiled, got one that reaches the border of {size} voxels "
-        f"along axis {line.axis}; replace layers that look at the whole input (GroupNorm, InstanceNorm, attention, "
-        "squeeze-excite) by ones with frozen statistics, such as BatchNorm"
+        f"a network must have a finite receptive field to be tiled, got one in which one voxel, set to NaN, "
+        f"reaches the border of {size} along axis {line.axis}; replace layers that look at the whole input (GroupNorm, "
+        "InstanceNorm, attention, squeeze-excite, global pooling) by ones with frozen statistics, such as BatchNorm"
     )
 
 
@@ -259,12 +259,12 @@ def _halo(line: _Line, phases: list[tuple[int, ...]], stride: int) -> int | None
     furthest = max((abs(q) for offsets in phases for q in offsets), default=0)
     start, step = (line.loss, 1) if line.loss else (0, stride)
     for halo in range(start, line.loss + furthest + 3 * stride, step):
-        if _covers(phases, stride, halo) and all(line.accepts(k * stride + 2 * halo) for k in (1, 2, 3, 4)):
+        if covers(phases, stride, halo) and all(line.accepts(k * stride + 2 * halo) for k in (1, 2, 3, 4)):
             return halo
     return None
 
 
-def _covers(phases: list[tuple[int, ...]], stride: int, halo: int) -> bool:
+def covers(phases: list[tuple[int, ...]], stride: int, halo: int) -> bool:
     """Whether no input outside a tile reaches its core, for inputs of every remainder."""
     for phase, offsets in enumerate(phases):
         if not offsets:

@@ -24,7 +24,7 @@ from pipeline.store.image import open_image
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
 from pipeline.unet.engine import keep_freed_memory, make_engine
-from pipeline.unet.model import Model, build, load_model
+from pipeline.unet.model import Model, build, build_unet, load_model
 from pipeline.unet.predict import Predictor
 
 
@@ -104,10 +104,10 @@ class SegmentBlocks:
         """Open image and outputs, and put the network on its device."""
         out = self.outputs
         opened = out.opened()
-        dims, network = opened.model.settings.dims, build(opened.model, out.device)
-        fused = out.engine is not EngineName.REFERENCE
+        dims, fused = opened.model.settings.dims, out.engine is not EngineName.REFERENCE
         opened.predictor = Predictor(
-            make_engine(network, device=out.device, precision=out.precision) if fused else network, opened.model.rule,
+            make_engine(build_unet(opened.model, out.device), device=out.device, precision=out.precision)
+            if fused else build(opened.model, out.device), opened.model.rule,
             windows=opened.windows, device=out.device, tile_shape=self.tile_shape[-dims:],
             n_slices=prod(self.tile_shape[:-dims]), on_tile=beat,
         )  # fmt: skip

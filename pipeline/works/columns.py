@@ -23,7 +23,7 @@ from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
 from pipeline.unet.device import peak_device_bytes
 from pipeline.unet.engine import Engine, make_engine
-from pipeline.unet.model import build
+from pipeline.unet.model import build_unet
 from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
 
 log = logging.getLogger("haloseg")
@@ -130,7 +130,7 @@ class SegmentColumns:
 @lru_cache(maxsize=4)
 def _engine(path: str, sha256: str, device: str, precision: Precision, first: int) -> Engine:
     """Return the engine of a model, which a worker makes once, however many scans it is used for."""
-    return make_engine(build(loaded(path, sha256), "cpu"), device=device, precision=precision, first=first)
+    return make_engine(build_unet(loaded(path, sha256), "cpu"), device=device, precision=precision, first=first)
 
 
 @dataclass(slots=True)

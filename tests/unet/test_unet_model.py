@@ -107,7 +107,7 @@ def test_files_of_others_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2 is newer than 1"),
+        ({"format": 3}, "format 3 is newer than 2"),
         ({"format": "1"}, "no format number"),
         ({"extra": 1}, "entry must have"),
         ({"network": {**SETTINGS.to_json(), "width": 3}}, "tensor .* must be torch.float32 of shape"),
