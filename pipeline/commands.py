@@ -66,6 +66,12 @@ def import_(args: Namespace) -> Document:
     return document
 
 
+def export(args: Namespace) -> Document:
+    """Write a model for other programs."""
+    document: Document = resolve_name("pipeline.export:command")(args)
+    return document
+
+
 def inspect(args: Namespace) -> Document:
     """Tell what a model is."""
     document: Document = resolve_name("pipeline.inspect:inspect")(_model(args.model))
