@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
+
+import yaml
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.adopt import Description, adopt
+from pipeline.unet.bioimageio import Package, package_of
 from pipeline.unet.model import Model, save_model
 from pipeline.unet.pt2 import read_pt2
+from pipeline.unet.rdf import check_test_output
 from pipeline.unet.settings import Head
 
 
@@ -31,18 +38,80 @@ def import_program(path: str | os.PathLike[str], *, about: Description, output: 
     exported = read_pt2(content, output=output)
     digest = hashlib.sha256(content).hexdigest()
     record = (*about.record, ("sha256", digest), ("torch", exported.torch_version))
-    return adopt(exported, about.of_record(record))
+    return adopt(exported, replace(about, record=record))
+
+
+def import_package(path: str, *, about: Description, trust: bool) -> Model:
+    """Return the model of a bioimage.io package, a .zip or its rdf.yaml, not saved yet.
+
+    Parameters
+    ----------
+    about : what it says goes before what the package says; its source and record do not
+    trust : run the code that comes with the weights
+
+    Raises
+    ------
+    ModelError : the description does not suffice, nobody trusts it, or the test output does not come out.
+    """
+    package = open_package(path)
+    exported = package.program(trust=trust)
+    scale = package.scale() if about.normalisation is None else None
+    filled = replace(
+        about, source=f"bioimage.io package {package.name}", head=about.head or package.head,
+        record=(("package", package.name), ("torch", exported.torch_version)),
+    )  # fmt: skip
+    if scale is not None:
+        n = exported.input_shape[1]
+        mean, std = (each * n if len(each) == 1 else each for each in (scale.mean, scale.std))
+        filled = replace(filled, normalisation=scale.normalisation, mean=about.mean or mean, std=about.std or std)
+    model = adopt(exported, filled)
+    model = _named(model, package.classes) if not about.classes else model
+    if scale is not None and package.test_output is not None:
+        check_test_output(model, package)
+    return model
+
+
+def _named(model: Model, names: tuple[str, ...]) -> Model:
+    """Return the model with the names of the package's output channels, if they are as many."""
+    classes = names if model.settings.head is Head.SOFTMAX else ("none", *names)
+    fits = len(names) == model.settings.n_classes and len(set(classes)) == len(classes)
+    return replace(model, classes=classes) if fits else model
+
+
+def open_package(path: str) -> Package:
+    """Return the package at a path."""
+    try:
+        content = Location(path).read_bytes()
+        if path.endswith(".zip"):
+            files = zipfile.ZipFile(io.BytesIO(content))
+            names = [name for name in files.namelist() if name.endswith(("rdf.yaml", "bioimageio.yaml"))]
+            return package_of(yaml.safe_load(files.read(names[0])), files.read)
+        return package_of(yaml.safe_load(content), lambda name: _beside(path, name))
+    except (OSError, KeyError, IndexError, TypeError, ValueError, zipfile.BadZipFile, yaml.YAMLError) as error:
+        cause = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise ModelError(f"a package must be a .zip or rdf.yaml of bioimage.io, got {path}: {cause}") from error
+
+
+def _beside(path: str, name: str) -> bytes:
+    """Return a file of the description's own folder."""
+    if "://" in name or ".." in name.split("/") or name.startswith("/"):
+        raise ModelError(f"a package's files must lie beside its rdf.yaml, got {name}; download the package as .zip")
+    return (Location(path).parent / name).read_bytes()
 
 
 def command(args: Namespace) -> dict[str, Any]:
     """Import what the command line names, save it, and tell what it is."""
+    given = None if args.normalisation is None else _normalisation(args.normalisation)
     about = Description(
         f"torch.export program {Location(args.network).name}", args.classes, channels=args.channels,
-        normalisation=_normalisation(args.normalisation), mean=args.mean, std=args.std,
-        voxel_size_um=args.voxel_size_um, head=None if args.head is None else Head(args.head),
+        normalisation=given, mean=args.mean, std=args.std, voxel_size_um=args.voxel_size_um,
+        head=None if args.head is None else Head(args.head),
     )  # fmt: skip
-    model = save_model(import_program(args.network, about=about, output=args.output), args.model)
-    return described(model, args.model)
+    if args.network.endswith((".zip", ".yaml", ".yml")):
+        model = import_package(args.network, about=about, trust=args.trust)
+    else:
+        model = import_program(args.network, about=about, output=args.output)
+    return described(save_model(model, args.model), args.model)
 
 
 def described(model: Model, path: str) -> dict[str, Any]:
@@ -54,9 +123,9 @@ def described(model: Model, path: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _normalisation(name: str | None) -> Normalisation:
+def _normalisation(name: str) -> Normalisation:
     try:
-        return Normalisation(name or "zscore")
+        return Normalisation(name)
     except ValueError:
         raise ArgumentError(
             f"normalisation must be one of {', '.join(Normalisation)}, got {name}; give one of them"

@@ -31,7 +31,7 @@ class Description:
     ----------
     source : where it comes from, in words
     classes, class_values, channels : names and values; empty for numbers
-    normalisation : how intensities are brought to the network's scale
+    normalisation : how intensities are brought to the network's scale; None for z-scores
     mean, std : of each channel, subtracted and divided by after that; empty for neither
     voxel_size_um : of the images that it learned from, or None
     head : how its output becomes probabilities; None takes what it ends in, else softmax, or sigmoid for one channel
@@ -42,16 +42,12 @@ class Description:
     classes: tuple[str, ...] = ()
     class_values: tuple[int, ...] = ()
     channels: tuple[str, ...] = ()
-    normalisation: Normalisation = Normalisation.ZSCORE
+    normalisation: Normalisation | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     voxel_size_um: tuple[float, ...] | None = None
     head: Head | None = None
     record: tuple[tuple[str, str], ...] = ()
-
-    def of_record(self, record: tuple[tuple[str, str], ...]) -> Description:
-        """Return the description with another record."""
-        return replace(self, record=record)
 
 
 def adopt(exported: Exported, about: Description) -> Model:
@@ -68,13 +64,13 @@ def adopt(exported: Exported, about: Description) -> Model:
     x = torch.randn((2, *exported.input_shape[1:]), generator=torch.Generator().manual_seed(0))
     out = _first_pass(network, x[:1], settings.dims)
     settings = replace(settings, n_classes=out.shape[1], head=_head(settings.head, about.head, out.shape[1]))
-    rule, tile = _measured(network, exported.input_shape[2:], settings.in_channels)
+    rule, tile = _measured(network, exported.input_shape[2:], tuple(out.shape[2:]), settings.in_channels)
     together = _runs_together(network, x)
     settings = replace(settings, rule=rule, tile=tile, together=together)
     return Model(
         settings, about.classes or _numbered(settings), about.class_values or tuple(range(settings.n_labels)),
-        about.normalisation, about.channels or tuple(map(str, range(settings.in_channels))), about.voxel_size_um,
-        rule, {"imported": dict(about.record)}, weights,
+        about.normalisation or Normalisation.ZSCORE, about.channels or tuple(map(str, range(settings.in_channels))),
+        about.voxel_size_um, rule, {"imported": dict(about.record)}, weights,
     )  # fmt: skip
 
 
@@ -148,24 +144,26 @@ def _first_pass(network: ForeignNetwork, x: Tensor, dims: int) -> Tensor:
 
 
 def _measured(
-    network: ForeignNetwork, shape: tuple[int, ...], in_channels: int
+    network: ForeignNetwork, shape: tuple[int, ...], out_shape: tuple[int, ...], in_channels: int
 ) -> tuple[TileRule, tuple[int, ...]]:
     """Return the tile rule, and the only size that the network takes; empty where it takes others, too."""
     dims = len(shape)
     for axis in range(dims):
         other = tuple(n * (2 if at == axis else 1) for at, n in enumerate(shape))
-        if not _accepts(network, (in_channels, *other)):
+        grown = tuple(n + (shape[at] if at == axis else 0) for at, n in enumerate(out_shape))
+        if _out_shape(network, (in_channels, *other)) != grown:
             return measure_one_size(network, shape, in_channels=in_channels), shape
     return measure_tile_rule(network, dims=dims, in_channels=in_channels), ()
 
 
-def _accepts(network: ForeignNetwork, shape: tuple[int, ...]) -> bool:
+def _out_shape(network: ForeignNetwork, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the output's spatial shape for an input (channels, *spatial), or None where it is refused."""
     empty = {name: tensor.to("meta") for name, tensor in network.named_buffers()}
     try:
-        torch.func.functional_call(network, empty, (torch.empty((1, *shape), device="meta"),))
+        out: Tensor = torch.func.functional_call(network, empty, (torch.empty((1, *shape), device="meta"),))
     except Exception:  # noqa: BLE001 operators refuse a size by whatever error they like
-        return False
-    return True
+        return None
+    return tuple(out.shape[2:])
 
 
 def _runs_together(network: ForeignNetwork, x: Tensor) -> bool:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.errors import ModelError
 from pipeline.store.statistics import Normalisation
+from pipeline.unet.bioimageio import Package
 from pipeline.unet.model import Model, build
 from pipeline.unet.network import probabilities_of
 from pipeline.unet.settings import Head
@@ -23,6 +25,7 @@ from pipeline.unet.torchscript import traced
 FORMAT = "0.5.4"
 WEIGHTS, README = "weights.pt", "README.md"
 Encode = Callable[[NDArray[Any]], bytes]
+TOLERANCE = 1e-2  # of test outputs: percentiles and epsilons are not the same everywhere
 EPS = 1e-6  # bioimage.io's own
 _KINDS = (("test", "npy"), ("sample", "tif"))
 _LEAST = {2: 128, 3: 32}  # voxels of the test tensors along each axis, at least
@@ -70,6 +73,23 @@ def packaged(
     }  # fmt: skip
     kept = {key: value for key, value in description.items() if value is not None}
     return Packaged(kept, contents)
+
+
+def check_test_output(model: Model, package: Package) -> None:
+    """Refuse a model that does not give the test output of the package that it came from."""
+    expected = package.test_output
+    if expected is None:
+        return
+    with torch.no_grad():
+        got = build(model, "cpu")(torch.from_numpy(_normalised(package.test_input, model.normalisation)))
+    likely = [each.numpy() for each in (got, probabilities_of(got, model.settings.head))]
+    fit = [each for each in likely if each.shape == expected.shape]
+    apart = min((float(np.abs(each - expected).max()) for each in fit), default=np.inf)
+    if apart > TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        raise ModelError(
+            f"a package's test output must come out, got one that differs by {apart:.2g}; its description does not "
+            "suffice: export its network with torch.export"
+        )
 
 
 def _axes(model: Model) -> str:
