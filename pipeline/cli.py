@@ -131,7 +131,7 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_import(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("network", metavar="FILE", help="program (.pt2) or package (.zip, rdf.yaml)")
+    verb.add_argument("network", metavar="FILE", help="program (.pt2), package (.zip, rdf.yaml) or smp:NAME")
     verb.add_argument("--model", required=True, metavar="FILE", help="the model file to write (.safetensors)")
     verb.add_argument("--classes", type=_words, default=(), metavar="A,B,..", help="names, none first with a sigmoid")
     verb.add_argument("--channels", type=_words, default=(), metavar="A,B,..", help="names of the image's channels")
@@ -140,6 +140,10 @@ def _add_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--std", type=_floats, default=(), metavar="X,..", help="then divided by, one per channel")
     verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="of the images that it learned from")
     verb.add_argument("--head", choices=("softmax", "sigmoid"), help="what its logits need (default: what it ends in)")
+    verb.add_argument("--encoder", metavar="NAME", help="of a network of smp, such as resnet34")
+    verb.add_argument("--weights", metavar="FILE", help="of a network of smp: its state dict, or random to try it")
+    verb.add_argument("--in-channels", type=_positive, default=3, metavar="N", help="of a network of smp (default 3)")
+    verb.add_argument("--n-classes", type=_positive, default=2, metavar="N", help="of a network of smp (default 2)")
     verb.add_argument("--trust", action="store_true", help="run the code that a package of bioimage.io comes with")
     verb.add_argument("--output", type=int, default=0, metavar="N", help="which of several outputs, from 0")
 

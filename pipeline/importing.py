@@ -21,6 +21,7 @@ from pipeline.unet.model import Model, save_model
 from pipeline.unet.pt2 import read_pt2
 from pipeline.unet.rdf import check_test_output
 from pipeline.unet.settings import Head
+from pipeline.unet.smp import smp_program
 
 
 def import_program(path: str | os.PathLike[str], *, about: Description, output: int = 0) -> Model:
@@ -30,15 +31,19 @@ def import_program(path: str | os.PathLike[str], *, about: Description, output: 
     ------
     ModelError : there is no such file, or its network cannot be tiled.
     """
-    try:
-        content = Location(os.fspath(path)).read_bytes()
-    except (OSError, ImportError, ValueError) as error:
-        cause = type(error).__name__
-        raise ModelError(f"a network must be a readable file, got {path} ({cause}); check the path") from error
+    content = _content(os.fspath(path))
     exported = read_pt2(content, output=output)
     digest = hashlib.sha256(content).hexdigest()
     record = (*about.record, ("sha256", digest), ("torch", exported.torch_version))
     return adopt(exported, replace(about, record=record))
+
+
+def _content(path: str) -> bytes:
+    try:
+        return Location(path).read_bytes()
+    except (OSError, ImportError, ValueError) as error:
+        cause = type(error).__name__
+        raise ModelError(f"a network must be a readable file, got {path} ({cause}); check the path") from error
 
 
 def import_package(path: str, *, about: Description, trust: bool) -> Model:
@@ -107,11 +112,26 @@ def command(args: Namespace) -> dict[str, Any]:
         normalisation=given, mean=args.mean, std=args.std, voxel_size_um=args.voxel_size_um,
         head=None if args.head is None else Head(args.head),
     )  # fmt: skip
-    if args.network.endswith((".zip", ".yaml", ".yml")):
+    if args.network.startswith("smp:"):
+        model = _import_smp(args, about)
+    elif args.network.endswith((".zip", ".yaml", ".yml")):
         model = import_package(args.network, about=about, trust=args.trust)
     else:
         model = import_program(args.network, about=about, output=args.output)
     return described(save_model(model, args.model), args.model)
+
+
+def _import_smp(args: Namespace, about: Description) -> Model:
+    """Return the model of a network of segmentation-models-pytorch."""
+    name = args.network.removeprefix("smp:")
+    if not args.encoder or not args.weights:
+        raise ArgumentError("a network of smp needs --encoder and --weights, got none; --weights random tries it out")
+    weights = None if args.weights == "random" else _content(args.weights)
+    program = smp_program(
+        name, encoder=args.encoder, in_channels=args.in_channels, n_classes=args.n_classes, weights=weights
+    )
+    source = f"segmentation-models-pytorch {name}, {args.encoder}"
+    return adopt(program, replace(about, source=source, record=(("weights", Location(args.weights).name),)))
 
 
 def described(model: Model, path: str) -> dict[str, Any]:
