@@ -10,10 +10,9 @@ from torch.nn import functional
 class Encoder(nn.Module):
     """A network in another hand: strided convolutions, BatchNorm, upsampling to the skip's size, a skip."""
 
-    def __init__(self, dims=2, in_channels=1, n_classes=3, *, end=nn.Identity, mode="nearest"):
+    def __init__(self, dims=2, in_channels=1, n_classes=3, *, end=nn.Identity):
         super().__init__()
         conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.mode = mode
         self.fine = nn.Sequential(conv(in_channels, 4, 3, padding=1), norm(4), nn.ReLU(inplace=True))
         self.deep = nn.Sequential(conv(4, 6, 3, stride=2, padding=1), norm(6), nn.SiLU(), conv(6, 4, 3, padding=1))
         self.last, self.end = conv(8, n_classes, 1), end()
@@ -21,7 +20,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         """Return (batch, n_classes, *spatial) of (batch, in_channels, *spatial), even sizes."""
         fine = self.fine(x)
-        deep = functional.interpolate(self.deep(fine), size=fine.shape[2:], mode=self.mode)
+        deep = functional.interpolate(self.deep(fine), size=fine.shape[2:], mode="nearest")
         return self.end(self.last(torch.cat((fine, deep), dim=1)))
 
 

@@ -87,7 +87,7 @@ def test_tiles_give_what_the_network_gives_on_the_whole_scan(
     assert told["network"]["source"] == "torch.export program network.pt2"
     likely, classes = expected(voxels[None], where, model, network)
     small = ["--tile", ",".join(str(h * 2 + s) for h, s in zip(told["halo_shape"], told["stride_shape"], strict=True))]
-    for name, scheme in {"small": small, "chosen": [], "workers": ["--budget", "4M"]}.items():
+    for name, scheme in {"small": small, "chosen": []}.items():
         done = printed(
             capsys, "segment", where, "--model", model, "--name", name, "--probabilities", "--workers", 1, *scheme
         )

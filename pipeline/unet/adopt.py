@@ -64,14 +64,14 @@ def adopt(exported: Exported, about: Description) -> Model:
     x = torch.randn((2, *exported.input_shape[1:]), generator=torch.Generator().manual_seed(0))
     out = _first_pass(network, x[:1], settings.dims)
     settings = replace(settings, n_classes=out.shape[1], head=_head(settings.head, about.head, out.shape[1]))
-    rule, tile = _measured(network, exported.input_shape[2:], tuple(out.shape[2:]), settings.in_channels)
-    together = _runs_together(network, x)
-    settings = replace(settings, rule=rule, tile=tile, together=together)
-    return Model(
+    model = Model(  # checks the names before it is measured, which may take minutes
         settings, about.classes or _numbered(settings), about.class_values or tuple(range(settings.n_labels)),
         about.normalisation or Normalisation.ZSCORE, about.channels or tuple(map(str, range(settings.in_channels))),
-        about.voxel_size_um, rule, {"imported": dict(about.record)}, weights,
+        about.voxel_size_um, settings.rule, {"imported": dict(about.record)}, weights,
     )  # fmt: skip
+    rule, tile = _measured(network, exported.input_shape[2:], tuple(out.shape[2:]), settings.in_channels)
+    together = _runs_together(network, x)
+    return replace(model, settings=replace(settings, rule=rule, tile=tile, together=together), rule=rule)
 
 
 def measured_again(network: ForeignNetwork) -> TileRule:
@@ -90,7 +90,7 @@ def _settings(exported: Exported, about: Description) -> tuple[ForeignSettings, 
             f"{exported.input_shape}; export it with such an example"
         )
     dims, n_channels = len(exported.input_shape) - 2, exported.input_shape[1]
-    program, activation = exported.program.without_activation()
+    program, activation = exported.program.without_activation(dims)
     tensors = dict(exported.tensors)
     if about.mean or about.std:
         for name, values, usual in (("haloseg.mean", about.mean, 0.0), ("haloseg.std", about.std, 1.0)):

@@ -226,5 +226,7 @@ def _filled(argument: Argument, values: dict[str, Any], device: torch.device) ->
             return float(what)
         case "device":
             return device
-        case _:
-            return getattr(torch, what)
+    named = getattr(torch, str(what), None)
+    if not isinstance(named, torch.dtype | torch.memory_format):
+        raise ModelError(f"a program's arguments must be tensors, numbers and types, got {kind} {what}; import it anew")
+    return named

@@ -98,22 +98,17 @@ class Program:
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"a program must be one that haloseg import wrote, got {error}; import it anew") from error
 
-    def without_activation(self) -> tuple[Program, str | None]:
+    def without_activation(self, dims: int) -> tuple[Program, str | None]:
         """Return the program without the softmax or sigmoid at its end, and its name: what is left gives logits."""
         last = next((call for call in self.calls if self.output in call.results), None)
         name = last.operator.split(".")[1] if last else ""
-        if last is None or name not in _ACTIVATIONS or not self._over_channels(last):
+        if last is None or name not in _ACTIVATIONS or not _over_channels(last, dims):
             return self, None
         (logits,) = last.takes()
         calls = tuple(call for call in self.calls if call is not last)
         if any(self.output in call.takes() for call in calls):
             return self, None
         return Program(self.input, logits, self.state, calls), _ACTIVATIONS[name]
-
-    @staticmethod
-    def _over_channels(call: Call) -> bool:
-        arguments = json.loads(call.arguments)
-        return call.operator.startswith("aten.sigmoid") or (len(arguments) > 1 and arguments[1] in (1, -3, -4))
 
     def scaled(self, mean: str, std: str) -> Program:
         """Return the program with ``(x - mean) / std`` before it; these are names of tensors, (channels, 1, ...)."""
@@ -136,6 +131,11 @@ class Program:
                 needed |= call.takes()
         state = tuple(each for each in self.state if each[0] in needed)
         return Program(self.input, self.output, state, tuple(reversed(kept)))
+
+
+def _over_channels(call: Call, dims: int) -> bool:
+    arguments = json.loads(call.arguments)
+    return call.operator.startswith("aten.sigmoid") or (len(arguments) > 1 and arguments[1] in (1, -dims - 1))
 
 
 def value_of(name: str) -> dict[str, str]:
