@@ -181,6 +181,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
         "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
         "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes,
         "device": what.device, "engine": what.engine.value, "precision": what.precision.value,
+        "normalisation": what.model.normalisation.value, "limits": [list(pair) for pair in what.model.limits],
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def inspect(path: str) -> dict[str, Any]:
         "model": str(path), "sha256": model.digest, "kind": name_of(model.settings),
         "network": model.settings.to_json(), "classes": list(model.classes),
         "class_values": list(model.class_values), "parameters": _n_parameters(model),
-        "normalisation": model.normalisation.value,
+        "normalisation": model.normalisation.value, "limits": [list(pair) for pair in model.limits],
         "voxel_size_um": list(model.voxel_size_um) if model.voxel_size_um else None,
         "stride_shape": list(rule.stride), "halo_shape": list(rule.halo), "trim_shape": list(rule.trim),
         "rule_as_recorded": rule == model.rule, "tile_examples": [list(t) for t in tiles], "training": model.training,

@@ -18,9 +18,11 @@ from pipeline.store.labels import Labels, label_location, open_labels
 from pipeline.store.reading import open_voxels
 from pipeline.unet.borders import Borders, Separated, in_memory
 from pipeline.unet.learner import training_rule
-from pipeline.unet.patches import Patches, Source, orientations
+from pipeline.unet.patches import Patches, orientations
 from pipeline.unet.recipe import Recipe, choose_dims
+from pipeline.unet.resampled import Steps, seen_region, steps_between
 from pipeline.unet.settings import LARGEST_CLASS, UNetSettings
+from pipeline.unet.source import Source
 
 RESIDENT_BYTES = 2**29
 INSTANCE_CLASSES = ("background", "object")
@@ -36,6 +38,7 @@ class Lesson:
     classes, class_values : names and label values of the classes, ascending
     learn, check : patches to learn from, and those of the parts that are held out
     held_out : the part of each image that is held out; None: nothing of it is
+    voxel_size_um : that the network sees, along the images' spatial axes; None where it is not known
     """
 
     images: tuple[Image, ...]
@@ -46,6 +49,7 @@ class Lesson:
     learn: Patches
     check: Patches
     held_out: tuple[Box | None, ...]
+    voxel_size_um: tuple[float, ...] | None
 
 
 def open_lesson(
@@ -67,27 +71,31 @@ def open_lesson(
     if both := set(places[: len(images)]) & set(places[len(images) :]):
         raise ArgumentError(f"images that are held out must not be learnt from, got {min(both)}; name it once")
     truths = [open_labels(label_location(image.location, labels)) for image in opened]
-    _check_alike(opened)
+    _check_alike(opened, resampled=bool(recipe.voxel_size_um))
     values = _class_values(opened, truths, recipe=recipe)
     if recipe.classes and len(recipe.classes) != len(values):
         raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
     names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(truths[0], value) for value in values)
-    dims = choose_dims(recipe, shapes=[each.spatial_shape for each in opened], voxel_size_um=opened[0].voxel_size_um)
+    size, shapes = _seen_size(opened, recipe=recipe), [_seen_shape(each, recipe.voxel_size_um) for each in opened]
+    dims = choose_dims(recipe, shapes=shapes, voxel_size_um=size)
+    if size and dims < len(size):
+        size = (*(opened[0].voxel_size_um or size)[:-dims], *size[-dims:])
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
     regions = _regions(opened, n_learnt=len(images) if held_out else None, fraction=recipe.validation_fraction)
-    patches = _patches(opened, truths, settings=settings, recipe=recipe, values=values)
+    patches = _patches(opened, truths, settings=settings, recipe=recipe, values=values, size=size)
     learn, check = (
         replace(patches, sources=tuple(replace(s, region=r) for s, r in zip(patches.sources, side, strict=True) if r))
         for side in zip(*regions, strict=True)
     )  # fmt: skip
+    learn = learn if recipe.ignore is None else learn.with_labelled()
     learn = learn.with_foreground(recipe.foreground_share) if recipe.foreground_share else learn
     kept_back = tuple(box for _, box in regions)
     return Lesson(
-        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, kept_back
+        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, kept_back, size
     )  # fmt: skip
 
 
-def _check_alike(images: list[Image]) -> None:
+def _check_alike(images: list[Image], *, resampled: bool) -> None:
     """Refuse images that one network cannot learn from together."""
     first = images[0]
     for other in images[1:]:
@@ -97,11 +105,41 @@ def _check_alike(images: list[Image]) -> None:
                 f"{other.n_channels} x {other.spatial_shape} in {other.location}; train one model for each kind"
             )
         pairs = zip(first.voxel_size_um or (), other.voxel_size_um or (), strict=False)
-        if any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
+        if not resampled and any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
             raise ArgumentError(
                 f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
-                f"in {other.location}; resample them or train one model for each"
+                f"in {other.location}; set voxel_size_um in the recipe to what the network is to see of all"
             )
+
+
+def _seen_size(images: list[Image], *, recipe: Recipe) -> tuple[float, ...] | None:
+    """Return the voxel size that the network is to see, along the images' spatial axes."""
+    size, n_axes = recipe.voxel_size_um, len(images[0].spatial_shape)
+    if not size:
+        return images[0].voxel_size_um
+    if untold := [image for image in images if image.voxel_size_um is None]:
+        raise ArgumentError(
+            f"voxel_size_um needs images that tell their own, got none in {untold[0].location}; ingest it again with "
+            "--voxel-size-um"
+        )
+    if len(size) != n_axes and not (len(size) == recipe.dims == 2):
+        raise ArgumentError(
+            f"voxel_size_um needs {n_axes} numbers for images of {images[0].spatial_shape}, got {size}; give one for "
+            "each axis, or for slices of volumes set dims = 2"
+        )
+    return (*(images[0].voxel_size_um or ())[: n_axes - len(size)], *size)
+
+
+def _seen_shape(image: Image, size: tuple[float, ...]) -> tuple[int, ...]:
+    """Return how many voxels of this size the network sees of an image."""
+    return seen_region(Box.whole(image.spatial_shape), _steps(image, size)).shape
+
+
+def _steps(image: Image, size: tuple[float, ...]) -> Steps:
+    """Return the voxels of an image per voxel of this size, which is along its last axes."""
+    own, across = image.voxel_size_um, len(image.spatial_shape) - len(size)
+    steps = steps_between(own[across:], size) if own and size else ()
+    return (1.0,) * across + steps if steps else ()
 
 
 def _class_values(images: list[Image], truths: list[Labels], *, recipe: Recipe) -> tuple[int, ...]:
@@ -132,13 +170,14 @@ def _class_values(images: list[Image], truths: list[Labels], *, recipe: Recipe) 
 
 def _patches(
     images: list[Image], truths: list[Labels], *, settings: UNetSettings, recipe: Recipe, values: tuple[int, ...],
+    size: tuple[float, ...] | None,
 ) -> Patches:
-    """Return patches of whole images."""
+    """Return patches of whole images, in which the network sees voxels of this size."""
     rule, core = training_rule(settings), settings.in_proportion(recipe.patch_core(settings))
     if len(images[0].spatial_shape) > settings.dims:
         rule, core = rule.over_slices(), (1, *core)
-    spacing = _spacing(images[0], dims=settings.dims)
-    turns = orientations(core, halo=rule.halo, voxel_size_um=images[0].voxel_size_um)
+    spacing = _spacing(size or (1.0,) * len(core), dims=settings.dims)
+    turns = orientations(core, halo=rule.halo, voxel_size_um=size)
     turns = turns if recipe.augmentation.flips else turns[:1]
     sources = _sources(images, truths, recipe=recipe, spacing=spacing, dims=settings.dims)
     patches = Patches(
@@ -149,9 +188,8 @@ def _patches(
     return patches
 
 
-def _spacing(image: Image, *, dims: int) -> tuple[float, ...]:
+def _spacing(size: tuple[float, ...], *, dims: int) -> tuple[float, ...]:
     """Return the distance of voxels along every axis, in voxels of the finest that the network sees."""
-    size = image.voxel_size_um or (1.0,) * len(image.spatial_shape)
     return tuple(each / min(size[-dims:]) for each in size)
 
 
@@ -170,15 +208,16 @@ def _sources(
     ]
     n, axes, sources = len(images), tuple(range(len(spacing) - dims, len(spacing))), []
     for image, voxels, ids in zip(images, stored[:n], stored[n:], strict=True):
-        labels, borders = ids, None
+        labels, borders, steps = ids, None, _steps(image, recipe.voxel_size_um[-dims:])
         keep: Callable[[Sliceable], Sliceable] = in_memory if resident else lambda computed: computed
         if recipe.instances:
             labels = keep(Separated(ids, axes, recipe.ignore))
         if recipe.border_weight:
             about = recipe.border_weight, recipe.border_sigma_voxels, recipe.ignore
-            borders = keep(Borders(ids, axes, spacing, *about))
-        windows = tuple(each.window(recipe.normalisation) for each in image.statistics)
-        sources.append(Source(voxels, labels, windows, Box.whole(image.spatial_shape), borders))
+            own = tuple(s / step for s, step in zip(spacing, steps or (1.0,) * len(spacing), strict=True))
+            borders = keep(Borders(ids, axes, own, *about))
+        windows = recipe.scaling.windows(image.statistics, dtype=image.dtype)
+        sources.append(Source(voxels, labels, windows, Box.whole(image.spatial_shape), borders, steps))
     return tuple(sources)
 
 

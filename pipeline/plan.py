@@ -112,6 +112,7 @@ def plan_segment(
     network = load_model(model)
     scheme = scheme_for(network.settings, scheme)
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
+    network.scaling.windows(of.statistics, dtype=of.dtype)  # refuses an image that it does not fit
     _warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
     rule = _over(network, slices)
@@ -279,7 +280,7 @@ def _provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[s
     return {
         "made_by": "haloseg segment", "scan": image.scan,
         "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
-        "network": model.settings.to_json(), "normalisation": model.normalisation.value,
+        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "limits": model.limits,
         "engine": scheme.taken.value, "precision": scheme.precision.value,
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
         "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
@@ -290,9 +291,20 @@ def _warn_of_voxel_size(image: Image, model: Model) -> None:
     if not image.voxel_size_um or not model.voxel_size_um:
         return
     dims = model.settings.dims
-    pairs = list(zip(image.voxel_size_um[-dims:], model.voxel_size_um[-dims:], strict=True))
-    if any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
-        log.warning(
-            "the model was trained at %s um per voxel, the image has %s: expect worse labels, or resample the scan",
-            model.voxel_size_um[-dims:], image.voxel_size_um[-dims:],
-        )  # fmt: skip
+    seen = model.voxel_size_um[-dims:]
+    if _about(image.voxel_size_um[-dims:], seen):
+        return
+    coarser = [level for level in image.levels[1:] if _about(level.scale[-dims:], seen)]
+    remedy = "resample the scan"
+    if coarser:
+        size = ",".join(f"{each:g}" for each in coarser[0].scale)
+        remedy = f"use its pyramid: haloseg ingest {image.location / coarser[0].path} IMAGE --voxel-size-um {size}"
+    log.warning(
+        "the model was trained at %s um per voxel, the image has %s: expect worse labels, or %s",
+        seen, image.voxel_size_um[-dims:], remedy,
+    )  # fmt: skip
+
+
+def _about(sizes: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Whether voxels are of about the same size."""
+    return all(max(a / b, b / a) <= _SIZE_TOLERANCE for a, b in zip(sizes, others, strict=True))

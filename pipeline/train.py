@@ -114,8 +114,8 @@ def train(
         )
     made = Model(
         settings, lesson.classes, lesson.class_values, recipe.normalisation,
-        tuple(map(str, range(settings.in_channels))), lesson.images[0].voxel_size_um, closed_form_rule(settings),
-        source | _reached(fitted), fitted.weights,
+        tuple(map(str, range(settings.in_channels))), lesson.voxel_size_um, closed_form_rule(settings),
+        source | _reached(fitted), fitted.weights, limits=recipe.scaling.limits,
     )  # fmt: skip
     saved = save_model(made, model)
     curves.write()

@@ -50,8 +50,9 @@ def image(tmp_path, capsys):
 def expected(voxels, image, model_path, network):
     """Return probabilities and classes of the network, its own code, applied once to the whole mirrored scan."""
     model = load_model(model_path)
-    windows = [each.window(model.normalisation) for each in open_image(str(image)).statistics]
-    scaled = np.stack([(c.astype(np.float64) - o) * s for c, (o, s) in zip(voxels, windows, strict=True)])
+    of = open_image(str(image))
+    windows = model.scaling.windows(of.statistics, dtype=of.dtype)
+    scaled = np.stack([(c.astype(np.float64) - o) * s for c, (o, s, *_) in zip(voxels, windows, strict=True)])
     rule, shape = model.rule, voxels.shape[-model.rule.ndim :]
     pad = [(h, -n % s + h) for n, s, h in zip(shape, rule.stride, rule.halo, strict=True)]
     pad = [(0, 0)] * (scaled.ndim - rule.ndim) + pad

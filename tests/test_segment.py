@@ -21,6 +21,7 @@ from pipeline.store.arrays import open_array
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
+from pipeline.store.statistics import Normalisation
 from pipeline.unet.families import why_not_streamed
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 from pipeline.works.columns import SegmentColumns
@@ -76,6 +77,23 @@ def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, s
         assert np.abs(likely - expected).max() <= 1e-5
         np.testing.assert_array_equal(open_labels(f"{image}/labels/{name}").array[:], expected.argmax(axis=0))
     assert len(np.unique(expected.argmax(axis=0))) > 1 or expected[0].size < 50
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_clamped_window_is_clamped_by_every_engine(tmp_path, dims):
+    settings = UNetSettings(dims=dims, width=2, depth=1, padding=Padding.SAME, n_convs=1)
+    about = {"normalisation": Normalisation.WINDOW, "limits": ((110.0, 140.0),)}
+    voxels, image, _ = prepared(tmp_path, (18, 30, 21), settings, chunk=(16,) * 3, shard=(32,) * 3)
+    model = model_file(tmp_path / "window.safetensors", settings, **about)
+    statistics = open_image(image).statistics
+    expected = whole_scan(voxels[None], model, statistics)
+    for name, scheme in {"columns": Scheme(slab=2, column=(1,) * 3), "tiles": Scheme(tile=(16,) * dims)}.items():
+        done = segment(plan_segment(image, model=model, name=name, scheme=scheme, probabilities=True), run=run_serial)
+        assert np.abs(open_image_array(image, f"probabilities/{name}/0") - expected).max() <= 1e-5
+        assert done.certificate["max_difference"] <= 1e-5
+    clamped = np.clip(voxels, 110, 140)  # the network cannot tell them apart
+    assert np.array_equal(whole_scan(clamped[None], model, statistics), expected)
+    assert (clamped != voxels).mean() > 0.2
 
 
 def open_image_array(image, path):

@@ -46,11 +46,11 @@ def textures(shape, *, values=(3, 200), seed=0):
     return (1000 + 200 * grain).clip(0, 9999).astype(np.uint16), np.where(stripe, *values[::-1]).astype(np.uint8)
 
 
-def image_of(folder, name, voxels, labels, *, size=None):
+def image_of(folder, name, voxels, labels, *, size=None, scan=None):
     for part, array in (("scan", voxels), ("truth", labels)):
         tifffile.imwrite(folder / f"{name}-{part}.tif", array, photometric="minisblack")
     image = str(folder / f"{name}.zarr")
-    ingest(str(folder / f"{name}-scan.tif"), image, voxel_size_um=size)
+    ingest(str(scan or folder / f"{name}-scan.tif"), image, voxel_size_um=size)
     ingest_labels(str(folder / f"{name}-truth.tif"), image=image, name="truth")
     return image
 

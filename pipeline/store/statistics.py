@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, ScanError
 
-PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
+PERCENTILES = (0.1, 0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5, 99.9)
 _KEPT_BITS = 20
 
 
@@ -27,9 +27,11 @@ class Normalisation(StrEnum):
     """How intensities are brought to the network's scale; fixed per scan before the first block."""
 
     ZSCORE = "zscore"  # mean 0, standard deviation 1
-    PERCENTILE = "percentile"  # 1st to 99th percentile become 0 to 1
+    PERCENTILE = "percentile"  # 1st to 99th percentile, or two others, become 0 to 1
     RANGE = "range"  # minimum to maximum become 0 to 1
     NONE = "none"  # intensities as they are
+    DTYPE = "dtype"  # the range of the integers that the image is stored in becomes 0 to 1
+    WINDOW = "window"  # given limits, in Hounsfield units, say, become 0 and 1; what is outside is clamped to them
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,6 @@ class ChannelStatistics:
     mean: float
     std: float
     percentiles: tuple[tuple[float, float], ...]
-
-    def window(self, how: Normalisation) -> tuple[float, float]:
-        """Return (offset, scale): the network sees ``(intensity - offset) * scale``; scale 1 if constant."""
-        if how is Normalisation.NONE:
-            return 0.0, 1.0
-        if how is Normalisation.ZSCORE:
-            offset, width = self.mean, self.std
-        elif how is Normalisation.PERCENTILE:
-            at = dict(self.percentiles)
-            offset, width = at[1.0], at[99.0] - at[1.0]
-        else:
-            offset, width = self.minimum, self.maximum - self.minimum
-        return offset, 1.0 / width if width > 0 else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as a JSON object."""

@@ -120,6 +120,22 @@ class Field:
     nodes: NDArray[np.float64] | None
     tile: tuple[int, ...]
 
+    @classmethod
+    def still(cls, tile: tuple[int, ...]) -> Field:
+        """Return the field that shows each voxel where it is."""
+        return cls(np.eye(len(tile)), np.zeros(len(tile)), None, tile)
+
+    def stepped(self, steps: tuple[float, ...], rests: tuple[float, ...]) -> Field:
+        """Return the field into an image of other voxels: ``steps`` of them per source voxel of this field.
+
+        Parameters
+        ----------
+        rests : by how much the centre lies further, voxels of that image
+        """
+        step = np.array(steps)
+        nodes = None if self.nodes is None else self.nodes * step.reshape(-1, *(1,) * len(step))
+        return Field(self.matrix * step[:, None], self.shift * step + np.array(rests), nodes, self.tile)
+
     def margins(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """Return how many voxels before and after a box of this shape, in the patch's centre, are looked up.
 

@@ -46,7 +46,7 @@ class ColumnPredictor:
     Parameters
     ----------
     engine : its first axis is the streamed one
-    windows : (offset, scale) of each channel; the network sees ``(intensity - offset) * scale``
+    windows : of each channel; the network sees ``(intensity - offset) * scale`` within its limits, in float32
     slab : rows that enter at once
     """
 

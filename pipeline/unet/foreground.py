@@ -13,10 +13,12 @@ from pipeline.errors import ArgumentError
 MOST_VOXELS = 2**14
 _SEED = 0
 
+Seen = tuple[int, tuple[int, ...], NDArray[np.int64]]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreground:
-    """Voxels of all classes but the most frequent one.
+    """Voxels of all classes but the most frequent one, or all that are labelled, as of one class.
 
     Classes are drawn from evenly, as in nnU-Net (doi:10.1038/s41592-020-01008-z), so that the rarest is seen as often
     as the others; within a class its voxels are.
@@ -42,7 +44,7 @@ class Foreground:
 
 
 def find_foreground(
-    blocks: Iterable[tuple[int, tuple[int, ...], NDArray[np.int64]]], *, n_classes: int, n_sources: int, share: float
+    blocks: Iterable[Seen], *, n_classes: int, n_sources: int, share: float
 ) -> Foreground:
     """Return the foreground in the classes of all sources, seen block by block, each block once.
 
@@ -54,13 +56,7 @@ def find_foreground(
     ------
     ArgumentError : there are voxels of one class only, or of none.
     """
-    rng = np.random.default_rng(_SEED)  # the index is the same whatever the training's seed
-    samples = [[_Sample.empty() for _ in range(n_sources)] for _ in range(n_classes)]
-    for source, start, classes in blocks:
-        for which in np.unique(classes[classes >= 0]).tolist():
-            found = np.argwhere(classes == which) + np.array(start)
-            samples[which][source] = samples[which][source].with_more(found, rng)
-    counts = np.array([[each.count for each in row] for row in samples], dtype=np.int64)
+    voxels, counts = _sampled(blocks, n_classes=n_classes, n_sources=n_sources)
     totals = counts.sum(axis=1)
     others = [c for c in range(n_classes) if totals[c] and c != totals.argmax()]
     if not others:
@@ -68,7 +64,38 @@ def find_foreground(
             f"foreground_share needs voxels of at least 2 classes where the network learns, got {(totals > 0).sum()}; "
             "label another, or set foreground_share = 0"
         )
-    return Foreground(share, tuple(tuple(each.voxels for each in samples[c]) for c in others), counts[others])
+    return Foreground(share, tuple(voxels[c] for c in others), counts[others])
+
+
+def find_labelled(blocks: Iterable[Seen], *, n_sources: int) -> Foreground:
+    """Return the voxels that are labelled; of all sources, seen block by block, each block once.
+
+    Raises
+    ------
+    ArgumentError : none is.
+    """
+    alike = ((source, start, np.where(classes >= 0, 0, -1)) for source, start, classes in blocks)
+    voxels, counts = _sampled(alike, n_classes=1, n_sources=n_sources)
+    if not counts.any():
+        raise ArgumentError(
+            "labels must show classes where the network is to learn, got ignored voxels alone; label some there, or "
+            "set another ignore"
+        )
+    return Foreground(1.0, voxels, counts)
+
+
+def _sampled(
+    blocks: Iterable[Seen], *, n_classes: int, n_sources: int
+) -> tuple[tuple[tuple[NDArray[np.int64], ...], ...], NDArray[np.int64]]:
+    """Return voxels and counts as Foreground has them, of every class by every source."""
+    rng = np.random.default_rng(_SEED)  # the index is the same whatever the training's seed
+    samples = [[_Sample.empty() for _ in range(n_sources)] for _ in range(n_classes)]
+    for source, start, classes in blocks:
+        for which in np.unique(classes[classes >= 0]).tolist():
+            found = np.argwhere(classes == which) + np.array(start)
+            samples[which][source] = samples[which][source].with_more(found, rng)
+    counts = np.array([[each.count for each in row] for row in samples], dtype=np.int64)
+    return tuple(tuple(each.voxels for each in row) for row in samples), counts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

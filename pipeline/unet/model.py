@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
+from pipeline.store.scaling import Limits, Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
@@ -28,6 +29,7 @@ _FORMAT_OF_UNETS = 1  # what an older haloseg can read, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
+_OPTIONAL_FIELDS = {"limits"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,7 @@ class Model:
     training : record of the training, a JSON object
     weights : tensors by name, as in ``UNet.state_dict``
     digest : SHA-256 of the file; empty before it is saved
+    limits : of the normalisation, where it has some; see ``Scaling``
     """
 
     settings: UNetSettings | ForeignSettings
@@ -57,6 +60,12 @@ class Model:
     training: dict[str, Any]
     weights: dict[str, Tensor]
     digest: str = ""
+    limits: Limits = ()
+
+    @property
+    def scaling(self) -> Scaling:
+        """How intensities are brought to the network's scale, with its limits."""
+        return Scaling(self.normalisation, self.limits)
 
     def __post_init__(self) -> None:
         n = self.settings.n_labels
@@ -76,6 +85,7 @@ class Model:
                 f"the tile rule must follow from the network, {expected}, got {self.rule}; save the model anew"
             )
         _check_weights(self.settings, self.weights)
+        _ = self.scaling
 
     @property
     def unet(self) -> UNetSettings:
@@ -149,13 +159,14 @@ def _document(content: bytes) -> dict[str, Any]:
         raise ModelError("its haloseg entry has no format number")
     if document["format"] > FORMAT:
         raise ModelError(f"its format {document['format']} is newer than {FORMAT}, the newest known: update haloseg")
-    if set(document) != _FIELDS:
+    if set(document) - _OPTIONAL_FIELDS != _FIELDS:
         raise ModelError(f"its haloseg entry must have {sorted(_FIELDS)}, has {sorted(document)}")
     return document
 
 
 def _to_json(model: Model) -> dict[str, Any]:
-    return {
+    limits = {"limits": model.limits} if model.limits else {}
+    return limits | {
         "format": FORMAT if isinstance(model.settings, ForeignSettings) else _FORMAT_OF_UNETS,
         "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
@@ -177,6 +188,7 @@ def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: 
         tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
         tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
         tile_rule, document["training"], weights, digest,
+        tuple((float(low), float(high)) for low, high in document.get("limits", ())),
     )  # fmt: skip
 
 

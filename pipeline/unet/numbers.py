@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Windows = tuple[tuple[float, float], ...]
+from pipeline.store.scaling import Window
+
+Windows = tuple[Window, ...]
 
 
 def normalised(raw: NDArray[Any], windows: Windows, *, device: torch.device) -> Tensor:
-    """Return ``(raw - offset) * scale`` as float32 on the device, shape (channels, ...) as ``raw`` has it.
+    """Return what the network sees, float32 on the device, of voxels (channels, ...); see ``Window``.
 
     What float32 cannot hold is subtracted in float64.
     """
     fits = raw.dtype.itemsize <= 2 or raw.dtype == np.float32
     wide = torch.float32 if fits else torch.float64
     x = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("="))).to(device).to(wide)
-    offset, scale = torch.tensor(windows, dtype=wide, device=device).unbind(1)
-    shape = (-1,) + (1,) * (raw.ndim - 1)
-    return ((x - offset.reshape(shape)) * scale.reshape(shape)).to(torch.float32)
+    every = [Window(*window) for window in windows]
+    columns = torch.tensor(every, dtype=wide, device=device).unbind(1)
+    offset, scale, low, high = (column.reshape(-1, *(1,) * (raw.ndim - 1)) for column in columns)
+    x = ((x - offset) * scale).to(torch.float32)
+    if any((window.low, window.high) != (-inf, inf) for window in every):
+        x.clamp_(low.to(torch.float32), high.to(torch.float32))
+    return x
 
 
 def widened(logits: Tensor) -> Tensor:

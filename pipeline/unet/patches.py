@@ -7,6 +7,8 @@ learnt from, or shown, are IGNORED; intensities there are seen.
          |cccccccc|          what is compared with the labels
     region  |----------...   labels before it are ignored
 
+Where images differ in voxel size, cores and regions are counted in voxels as the network sees them (``resampled``).
+
 A patch that will be warped is read as far as its own field reaches (``augment``), so that it is made of what the scan
 shows there, and mirrored only where the scan ends.
 """
@@ -24,31 +26,13 @@ from numpy.typing import NDArray
 
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
-from pipeline.geometry.mirror import Sliceable, read_mirrored
-from pipeline.unet.augment import Augmentation, Change, Field, draw_change
-from pipeline.unet.foreground import Foreground, find_foreground
+from pipeline.geometry.mirror import read_mirrored
+from pipeline.unet.augment import Augmentation, Change, Field, Grey, draw_change
+from pipeline.unet.foreground import Foreground, find_foreground, find_labelled
+from pipeline.unet.resampled import nearest, placed
+from pipeline.unet.source import Source
 
 IGNORED = -100
-_TRIES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """An image to learn from.
-
-    Attributes
-    ----------
-    image : shape (channels, *spatial); ``labels``: integers, shape (*spatial)
-    windows : (offset, scale) of each channel
-    region : where labels count
-    borders : what is added to the weight of each voxel, shape (*spatial); None adds nothing
-    """
-
-    image: Sliceable
-    labels: Sliceable
-    windows: tuple[tuple[float, float], ...]
-    region: Box
-    borders: Sliceable | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +73,14 @@ class Orientation:
         turned: NDArray[Any] = array.transpose(*range(front), *(front + axis for axis in self.order))
         return np.flip(turned, tuple(front + axis for axis, flip in enumerate(self.flipped) if flip))
 
+    def along(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """Return what belongs to each axis in the order of the turned axes."""
+        return tuple(values[axis] for axis in self.order)
+
+    def towards(self, offset: tuple[float, ...]) -> tuple[float, ...]:
+        """Return an offset as it is once everything is turned."""
+        return tuple(-a if flip else a for a, flip in zip(self.along(offset), self.flipped, strict=True))
+
     def before(self, margins: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         """Return which voxels before and after a box become these margins of it once it is turned."""
         sides = [margin[::-1] if flip else margin for margin, flip in zip(margins, self.flipped, strict=True)]
@@ -123,6 +115,7 @@ class Patches:
     spacing : distance of voxels along the network's axes, in voxels of the finest; empty: all alike
     ignore : label value of voxels that nobody has labelled
     foreground : voxels that part of the patches are centred on; None: all lie anywhere
+    labelled : voxels of which each of the others shows one; None: they lie anywhere
     """
 
     sources: tuple[Source, ...]
@@ -135,6 +128,7 @@ class Patches:
     spacing: tuple[float, ...] = ()
     ignore: int | None = None
     foreground: Foreground | None = None
+    labelled: Foreground | None = None
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -147,9 +141,10 @@ class Patches:
 
     def changed(self, source: Source, core: Box, *, turn: Orientation, change: Change | None = None) -> Patch:
         """Return the patch of a core, turned, with what a change of it looks up around it."""
+        change, core = self._in_voxels_of(source, core, turn, change)
         field = change.field if change else None
         seen = self._reached(core.grow(self.halo), turn, field)
-        x, known = self._image(source, seen), self._reached(core, turn, field)
+        x, known = source.intensities(seen), self._reached(core, turn, field)
         y, front = self._classes(source, known), len(self.core) - self.n_axes
         w = None if source.borders is None else read_mirrored(source.borders, known)
 
@@ -159,6 +154,17 @@ class Patches:
 
         borders = None if w is None else shown(w, 0).astype(np.float32)
         return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change)
+
+    def _in_voxels_of(
+        self, source: Source, core: Box, turn: Orientation, change: Change | None
+    ) -> tuple[Change | None, Box]:
+        """Return a change and a core in the image's voxels, where those are of another size."""
+        if not source.steps:
+            return change, core
+        change = change or Change(None, Grey())
+        at, rests = placed(core, source.steps)
+        steps, rests = (each[-self.n_axes :] for each in (turn.along(source.steps), turn.towards(rests)))
+        return Change((change.field or Field.still(self.tile)).stepped(steps, rests), change.grey), at
 
     def draw(self, rng: np.random.Generator) -> Patch:
         """Return a random patch, turned at random, with its change still to be done."""
@@ -182,23 +188,34 @@ class Patches:
         n_classes, n_sources = len(self.class_values), len(self.sources)
         return replace(self, foreground=find_foreground(blocks, n_classes=n_classes, n_sources=n_sources, share=share))
 
-    def _where(self, rng: np.random.Generator) -> tuple[Source, Box]:
-        """Return a place to draw, centred on the foreground as often as is asked for, else anywhere.
+    def with_labelled(self) -> Patches:
+        """Return patches that all show a label, however few voxels have one.
 
-        Larger images are drawn from in proportion. Where voxels may be unlabelled, up to 16 places are tried for one
-        that shows a label.
+        Raises
+        ------
+        ArgumentError : no voxel of the regions is labelled.
+        """
+        blocks = ((number, box.start, classes) for number, box, classes in self._labelled())
+        return replace(self, labelled=find_labelled(blocks, n_sources=len(self.sources)))
+
+    def _where(self, rng: np.random.Generator) -> tuple[Source, Box]:
+        """Return a place to draw: centred on the foreground as often as is asked for, else anywhere, or around a label.
+
+        Larger images are drawn from in proportion.
         """
         if self.foreground is not None and rng.random() < self.foreground.share:
             number, voxel = self.foreground.draw(rng)
             return self.sources[number], self.about(self.sources[number], voxel)
-        voxels = np.array([source.region.n_voxels for source in self.sources], dtype=np.float64)
+        if self.labelled is not None:
+            number, voxel = self.labelled.draw(rng)
+            return self.sources[number], self.about(self.sources[number], voxel + self._aside(rng))
+        voxels = np.array([source.seen.n_voxels for source in self.sources], dtype=np.float64)
         source = self.sources[int(rng.choice(len(self.sources), p=voxels / voxels.sum()))]
-        place = self.place(source, rng)
-        for _ in range(0 if self.ignore is None else _TRIES):
-            if (self._classes(source, place) != IGNORED).any():
-                break
-            place = self.place(source, rng)
-        return source, place
+        return source, self.place(source, rng)
+
+    def _aside(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Return by how much a core may be moved so that its central voxel lies anywhere in it."""
+        return np.array([n // 2 - int(rng.integers(n)) for n in self.core])
 
     def about(self, source: Source, voxel: NDArray[np.int64]) -> Box:
         """Return the core around a voxel of the region, centred on it as far as the region's border lets."""
@@ -225,13 +242,14 @@ class Patches:
     def _labelled(self) -> Iterator[tuple[int, Box, NDArray[np.int64]]]:
         """Yield all regions block by block: the number of the source, the box, the classes in it."""
         for number, source in enumerate(self.sources):
-            for block in BlockGrid(source.region.shape, self.core):
-                box = block.core.shift(source.region.start)
-                yield number, box, self._classes(source, box)
+            seen = source.seen
+            for block in BlockGrid(seen.shape, self.core):
+                box = block.core.shift(seen.start)
+                yield number, box, self._seen_classes(source, box)
 
     def _starts(self, source: Source) -> list[tuple[int, int]]:
         """Return the first and the last start of a core along every axis, in the region or around all of it."""
-        pairs = zip(source.region.start, source.region.stop, self.core, strict=True)
+        pairs = zip(source.seen.start, source.seen.stop, self.core, strict=True)
         return [(min(a, b - n), max(a, b - n)) for a, b, n in pairs]
 
     def _reached(self, box: Box, turn: Orientation, field: Field | None) -> Box:
@@ -246,13 +264,6 @@ class Patches:
             tuple(b + m for b, (_, m) in zip(box.stop, margins, strict=True)),
         )
 
-    def _image(self, source: Source, box: Box) -> NDArray[np.float32]:
-        """Return normalised intensities, (channels, *box.shape)."""
-        raw = read_mirrored(source.image, box)
-        offset, scale = np.array(source.windows).T.reshape(2, -1, *(1,) * box.ndim)
-        x: NDArray[np.float32] = ((raw.astype(np.float64) - offset) * scale).astype(np.float32)
-        return x
-
     def _classes(self, source: Source, box: Box) -> NDArray[np.int64]:
         """Return the classes in a box, IGNORED outside the region and where nobody has labelled."""
         labels = read_mirrored(source.labels, box)
@@ -263,6 +274,14 @@ class Patches:
         y = np.full_like(found, IGNORED)
         y[inside.slices] = found[inside.slices]
         return y
+
+    def _seen_classes(self, source: Source, box: Box) -> NDArray[np.int64]:
+        """Return the classes in a box of voxels that the network sees."""
+        if not source.steps:
+            return self._classes(source, box)
+        at = [nearest(a, b, step) for a, b, step in zip(box.start, box.stop, source.steps, strict=True)]
+        around = Box(tuple(int(i[0]) for i in at), tuple(int(i[-1]) + 1 for i in at))
+        return self._classes(source, around)[np.ix_(*(i - i[0] for i in at))]
 
     def _core(self, start: tuple[int, ...]) -> Box:
         return Box(start, tuple(a + n for a, n in zip(start, self.core, strict=True)))

@@ -17,7 +17,7 @@ from pipeline.geometry.tiles import TileRule
 from pipeline.unet.engine import Engine
 from pipeline.unet.foreign import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last, classes_of, probabilities_of
-from pipeline.unet.numbers import exactly, normalised, widened
+from pipeline.unet.numbers import Windows, exactly, normalised, widened
 
 log = logging.getLogger("haloseg")
 
@@ -33,7 +33,7 @@ class Predictor:
     ----------
     network : in eval mode, on ``device``; an engine runs the same network in its own way
     rule : along the network's axes
-    windows : (offset, scale) of each channel; the network sees ``(intensity - offset) * scale`` in float32
+    windows : of each channel; the network sees ``(intensity - offset) * scale`` within its limits, in float32
     tile_shape : what enters the network, voxels along its axes; see ``choose_tile``
     device : "cpu" or "cuda"
     n_slices : slices that enter at once where a 2-D network runs over a volume
@@ -41,7 +41,7 @@ class Predictor:
     """
 
     def __init__(
-        self, network: UNet | ForeignNetwork | Engine, rule: TileRule, *, windows: tuple[tuple[float, float], ...],
+        self, network: UNet | ForeignNetwork | Engine, rule: TileRule, *, windows: Windows,
         tile_shape: tuple[int, ...], device: str, n_slices: int = 1, on_tile: Callable[[], None] = lambda: None,
     ) -> None:
         settings = network.settings

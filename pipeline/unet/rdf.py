@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import ModelError
+from pipeline.errors import ArgumentError, ModelError
+from pipeline.store.scaling import USUAL_PERCENTILES
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.bioimageio import Package
 from pipeline.unet.model import Model, build
@@ -81,7 +82,7 @@ def check_test_output(model: Model, package: Package) -> None:
     if expected is None:
         return
     with torch.no_grad():
-        got = build(model, "cpu")(torch.from_numpy(_normalised(package.test_input, model.normalisation)))
+        got = build(model, "cpu")(torch.from_numpy(_normalised(package.test_input, model)))
     likely = [each.numpy() for each in (got, probabilities_of(got, model.settings.head))]
     fit = [each for each in likely if each.shape == expected.shape]
     apart = min((float(np.abs(each - expected).max()) for each in fit), default=np.inf)
@@ -142,9 +143,19 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
         case Normalisation.ZSCORE:
             return [{"id": "zero_mean_unit_variance", "kwargs": each}]
         case Normalisation.PERCENTILE:
-            return [{"id": "scale_range", "kwargs": each | {"min_percentile": 1.0, "max_percentile": 99.0}}]
+            low, high = _percentiles(model)
+            return [{"id": "scale_range", "kwargs": each | {"min_percentile": low, "max_percentile": high}}]
         case Normalisation.RANGE:
             return [{"id": "scale_range", "kwargs": each}]
+        case Normalisation.WINDOW if len(model.limits) == 1:
+            ((low, high),) = model.limits
+            linear = {"gain": 1 / (high - low), "offset": -low / (high - low)}
+            return [{"id": "clip", "kwargs": {"min": low, "max": high}}, {"id": "scale_linear", "kwargs": linear}]
+        case Normalisation.WINDOW | Normalisation.DTYPE:
+            raise ArgumentError(
+                f"bioimage.io has no word for normalisation {model.normalisation} of {len(model.channels)} channels; "
+                "train with zscore, or with one window"
+            )
         case _:
             return []
 
@@ -159,20 +170,27 @@ def _tensors(model: Model, any_size: bool) -> dict[str, NDArray[np.float32]]:
         noise = noise + np.roll(noise, 1, axis) + np.roll(noise, 2, axis)
     raw = np.clip(np.rint(noise / noise.std() * 40 + 128), 0, 255).astype(np.float32)
     with torch.no_grad():
-        logits = build(model, "cpu")(torch.from_numpy(_normalised(raw, model.normalisation)))
+        logits = build(model, "cpu")(torch.from_numpy(_normalised(raw, model)))
         likely = probabilities_of(logits, settings.head).numpy()
     return {"input": raw, "output": np.ascontiguousarray(likely, np.float32)}
 
 
-def _normalised(raw: NDArray[np.float32], how: Normalisation) -> NDArray[np.float32]:
+def _percentiles(model: Model) -> tuple[float, float]:
+    return model.limits[0] if model.limits else USUAL_PERCENTILES
+
+
+def _normalised(raw: NDArray[np.float32], model: Model) -> NDArray[np.float32]:
     """Return intensities as the description's preprocessing gives them."""
-    space = tuple(range(2, raw.ndim))
+    space, how = tuple(range(2, raw.ndim)), model.normalisation
     if how is Normalisation.NONE:
         return raw
     if how is Normalisation.ZSCORE:
         low, width = raw.mean(space, np.float64, keepdims=True), raw.std(space, np.float64, keepdims=True)
+    elif how is Normalisation.WINDOW:
+        ((least, most),) = model.limits
+        return np.asarray((raw.clip(least, most) - least) / (most - least), np.float32)
     else:
-        ends = (1, 99) if how is Normalisation.PERCENTILE else (0, 100)
+        ends = _percentiles(model) if how is Normalisation.PERCENTILE else (0, 100)
         low, high = np.percentile(raw.astype(np.float64), ends, axis=space, keepdims=True)
         width = high - low
     return np.asarray((raw - low) / (width + EPS), np.float32)

@@ -10,10 +10,13 @@ from typing import Any
 
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError
+from pipeline.store.scaling import Limits, Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.augment import Augmentation
 from pipeline.unet.losses import Loss
-from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, Upsampling, as_poolings
+from pipeline.unet.resampled import checked_size
+from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, Upsampling
+from pipeline.unet.typed import typed
 
 LARGEST_ANISOTROPY = 3.0
 FEWEST_SLICES_3D = 16
@@ -59,7 +62,11 @@ class Recipe:
     deep_supervision : of unet++: the loss is the mean over the outputs of all depths
     poolings : for thick slices, such as [[1, 2, 2], [1, 2, 2], [2, 2, 2]], finest level first: by how much each
         pooling divides the resolution along z, y and x; depth and dims follow from it, and patches are flat; empty: 2
-    normalisation : of intensities, by the statistics of each image
+    normalisation : of intensities, by the statistics of each image, its dtype, or a fixed window
+    window : of the normalisation window, such as [-160, 240], or one pair for each channel; see Normalisation
+    percentiles : of the normalisation percentile, two that ingest stores, such as [0.5, 99.5]; empty: 1 and 99
+    voxel_size_um : [z, y, x] or [y, x] that the network is to see, whatever the images have; a 2-D network takes slices
+        of volumes as they lie; empty: as they are, all about the same
     patch : voxels of a patch's core along every axis, less where the stride is less, in proportion to it; 0 is 128 in
         2-D, 48 in 3-D
     batch : patches per step; 0 is 8 in 2-D, 4 in 3-D
@@ -108,6 +115,9 @@ class Recipe:
     deep_supervision: bool = False
     poolings: tuple[tuple[int, ...], ...] = ()
     normalisation: Normalisation = Normalisation.ZSCORE
+    window: Limits = ()
+    percentiles: tuple[float, ...] = ()
+    voxel_size_um: tuple[float, ...] = ()
     patch: int = 0
     batch: int = 0
     optimiser: Optimiser = Optimiser.ADAMW
@@ -159,6 +169,7 @@ class Recipe:
         if self.precision not in (Precision.FLOAT32, Precision.BF16):
             raise ArgumentError(f"precision of a training must be float32 or bf16, got {self.precision}; use bf16")
         self._check_weights()
+        _ = self.scaling, checked_size(self.voxel_size_um)
 
     def _check_weights(self) -> None:
         """Refuse weights that the loss or the labels cannot have."""
@@ -174,6 +185,11 @@ class Recipe:
             )
         if self.instances and self.ignore == 0:
             raise ArgumentError("ignore must be another value than the background of instances, got 0; use 255, say")
+
+    @property
+    def scaling(self) -> Scaling:
+        """How intensities are brought to the network's scale."""
+        return Scaling.of(self.normalisation, window=self.window, percentiles=self.percentiles)
 
     def network(self, *, dims: int, in_channels: int, n_classes: int) -> UNetSettings:
         """Return the settings of the network to train; a sigmoid has no channel for the first class."""
@@ -259,25 +275,4 @@ def _settings(table: dict[str, Any], known: tuple[Field[Any], ...], *, what: str
         remedy = f"put {', '.join(moved)} {side} [augmentation]" if moved else "correct it"
         raise ArgumentError(f"{what} has the settings {', '.join(names)}, got {unknown}; {remedy}")
     kinds = {each.name: type(each.default) for each in known} | {"ignore": int}
-    return {
-        name: _typed(name, value, kinds[name]) for name, value in table.items() if name != "augmentation"
-    }  # fmt: skip
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:  # noqa: ANN401 whatever TOML holds
-    """Return a TOML value as its field's type; a whole number may stand for a real one, nothing else is converted."""
-    if issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise ArgumentError(f"{name} must be one of {', '.join(kind)}, got {value!r}; choose one")
-        return kind(value)
-    if name == "poolings":
-        return as_poolings(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is tuple:
-        if type(value) is not list or not all(type(each) is str for each in value):
-            raise ArgumentError(f"{name} must be a list of texts, got {value!r}; correct it")
-        return tuple(value)
-    if type(value) is not kind:
-        raise ArgumentError(f"{name} must be of type {kind.__name__}, got {value!r}; correct it")
-    return value
+    return {name: typed(name, value, kinds[name]) for name, value in table.items() if name != "augmentation"}

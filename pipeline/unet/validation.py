@@ -73,7 +73,7 @@ def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Te
     over = rule.over_slices() if len(patches.core) > rule.ndim else rule
     largest = (*(1,) * (over.ndim - rule.ndim), *(_LARGEST_CORE[rule.ndim],) * rule.ndim)
     places = [
-        (source, core) for source in patches.sources for core in cores(source.region, over, largest=largest)
+        (source, core) for source in patches.sources for core in cores(source.seen, over, largest=largest)
     ]  # fmt: skip
     share = MOST_VOXELS / sum(core.n_voxels for _, core in places)
     n_kept = max(1, min(len(places), round(share * len(places))))

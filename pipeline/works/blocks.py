@@ -25,6 +25,7 @@ from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
 from pipeline.unet.engine import keep_freed_memory, make_engine
 from pipeline.unet.model import Model, build, build_unet, load_model
+from pipeline.unet.numbers import Windows
 from pipeline.unet.predict import Predictor
 
 
@@ -46,7 +47,7 @@ class Outputs:
         """Open image, model and outputs; freed memory is kept from now on."""
         keep_freed_memory()
         image, model = open_image(self.image), loaded(self.model, self.model_sha256)
-        windows = tuple(each.window(model.normalisation) for each in image.statistics)
+        windows = model.scaling.windows(image.statistics, dtype=image.dtype)
         probabilities = open_array(self.probabilities) if self.probabilities else None
         return Opened(open_voxels(self.image / "0"), model, windows, open_array(self.labels), probabilities)
 
@@ -86,7 +87,7 @@ class Opened:
 
     image: Any
     model: Model
-    windows: tuple[tuple[float, float], ...]
+    windows: Windows
     labels: Any
     probabilities: Any
     predictor: Any = None

@@ -64,7 +64,7 @@ def load(job):
 def open_scan(job, model):
     """Return the image's array, shape (channels, *spatial), and the function that normalises its voxels."""
     image = open_image(Location(job.image))
-    offset, scale = image.statistics[0].window(model.normalisation)
+    offset, scale, _, _ = model.scaling.windows(image.statistics, dtype=image.dtype)[0]
 
     def normalised(voxels):
         scaled = np.asarray(voxels).astype(np.float32)

@@ -8,6 +8,7 @@ from safetensors.torch import load, save, save_file
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
+from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.model import Model, build, load_model, save_model
 from pipeline.unet.network import UNet
@@ -33,7 +34,7 @@ def test_a_saved_model_is_the_same_when_loaded(tmp_path):
     path = tmp_path / "deep" / "m.safetensors"
     saved = save_model(a_model(), path)
     loaded = load_model(path)
-    for name in Model.__slots__[:-2]:  # all but weights and digest
+    for name in set(Model.__slots__) - {"weights", "digest"}:
         assert getattr(loaded, name) == getattr(a_model(), name), name
     assert loaded.digest == saved.digest
     assert len(saved.digest) == 64
@@ -139,6 +140,17 @@ def test_a_document_that_lacks_a_field_is_refused(tmp_path):
     path.write_bytes(save(load(content), {"haloseg": json.dumps(document)}))
     with pytest.raises(ModelError, match="entry must have"):
         load_model(path)
+
+
+def test_limits_of_the_normalisation_are_kept_and_files_of_before_have_none(tmp_path):
+    about = {"normalisation": Normalisation.WINDOW, "limits": ((-160.0, 240.0), (0.0, 80.0))}
+    save_model(a_model(**about), tmp_path / "m")
+    assert load_model(tmp_path / "m").scaling == Scaling(Normalisation.WINDOW, about["limits"])
+    save_model(a_model(), tmp_path / "before")
+    assert "limits" not in document_of((tmp_path / "before").read_bytes())
+    assert load_model(tmp_path / "before").scaling == Scaling(Normalisation.PERCENTILE)
+    with pytest.raises(ArgumentError, match="limits belong to window"):
+        a_model(normalisation=Normalisation.ZSCORE, limits=((0.0, 1.0),))
 
 
 def test_weights_that_are_not_finite_are_refused():

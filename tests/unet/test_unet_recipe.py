@@ -1,6 +1,8 @@
 import pytest
 
 from pipeline.errors import ArgumentError
+from pipeline.store.scaling import Scaling
+from pipeline.store.statistics import Normalisation
 from pipeline.unet.augment import Augmentation
 from pipeline.unet.learner import training_rule
 from pipeline.unet.losses import Loss
@@ -54,6 +56,14 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ('balance_classes = true\nloss = "dice"', "balance_classes need a loss that is a sum over voxels"),
         ("ignore = 1.5", "ignore must be of type int, got 1.5"),
         ("ignore = 0\ninstances = true", "ignore must be another value than the background"),
+        ('normalisation = "window"', "needs its limits in the image's units, got none; set window"),
+        ("window = [1, 2]", "window needs normalisation = window, got zscore; set that, or leave window out"),
+        ('normalisation = "window"\nwindow = [1, 2, 3]', r"two numbers, the lower one first, got \(1.0, 2.0, 3"),
+        ('normalisation = "window"\nwindow = [1, "2"]', "each window must be a list of numbers, got .1, '2'."),
+        ("percentiles = [1, 99]", "percentiles needs normalisation = percentile, got zscore"),
+        ("voxel_size_um = 0.5", "voxel_size_um must be a list of numbers, got 0.5"),
+        ("voxel_size_um = [1, 0]", r"two or three lengths above 0, got \(1.0, 0.0\); give y and x, or z, y and x"),
+        ("voxel_size_um = [1]", "voxel_size_um must be two or three lengths"),
         ("depth = ", "or a TOML file"),
         ("poolings = 2", r"poolings must be a list of lists such as \[\[1, 2, 2\], .*, got 2"),
         ("poolings = [[1, 2.0, 2]]", r"poolings must be a list of lists"),
@@ -84,6 +94,27 @@ def test_the_papers_settings_are_read(tmp_path):
         loss=Loss.CROSS_ENTROPY, instances=True, border_weight=10.0, ignore=255, optimiser=Optimiser.SGD,
         learning_rate=0.01, augmentation=change,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('normalisation = "window"\nwindow = [-160, 240]', Scaling(Normalisation.WINDOW, ((-160.0, 240.0),))),
+        (
+            'normalisation = "window"\nwindow = [[-160, 240], [0, 0.5]]',
+            Scaling(Normalisation.WINDOW, ((-160.0, 240.0), (0.0, 0.5))),
+        ),
+        (
+            'normalisation = "percentile"\npercentiles = [0.5, 99.5]',
+            Scaling(Normalisation.PERCENTILE, ((0.5, 99.5),)),
+        ),
+        ('normalisation = "dtype"\nvoxel_size_um = [5, 0.5]', Scaling(Normalisation.DTYPE)),
+    ],
+)
+def test_the_scale_of_intensities_is_read(tmp_path, text, expected):
+    recipe = load_recipe(written(tmp_path, text))
+    assert recipe.scaling == expected
+    assert recipe.voxel_size_um == ((5.0, 0.5) if "voxel" in text else ())
 
 
 def test_a_sigmoid_has_no_channel_for_the_first_class():
