@@ -20,13 +20,12 @@ from pipeline.unet.borders import Borders, Separated, in_memory
 from pipeline.unet.learner import training_rule
 from pipeline.unet.patches import Patches, orientations
 from pipeline.unet.recipe import Recipe, choose_dims
-from pipeline.unet.resampled import Steps, seen_region, steps_between
+from pipeline.unet.resampled import Steps, about_as_large, seen_region, steps_between
 from pipeline.unet.settings import LARGEST_CLASS, UNetSettings
 from pipeline.unet.source import Source
 
 RESIDENT_BYTES = 2**29
 INSTANCE_CLASSES = ("background", "object")
-_SIZE_TOLERANCE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +103,8 @@ def _check_alike(images: list[Image], *, resampled: bool) -> None:
                 f"images must have the same channels and axes, got {first.n_channels} x {first.spatial_shape} and "
                 f"{other.n_channels} x {other.spatial_shape} in {other.location}; train one model for each kind"
             )
-        pairs = zip(first.voxel_size_um or (), other.voxel_size_um or (), strict=False)
-        if not resampled and any(max(a / b, b / a) > _SIZE_TOLERANCE for a, b in pairs):
+        sizes = first.voxel_size_um, other.voxel_size_um
+        if not resampled and sizes[0] and sizes[1] and not about_as_large(sizes[0], sizes[1]):
             raise ArgumentError(
                 f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
                 f"in {other.location}; set voxel_size_um in the recipe to what the network is to see of all"

@@ -27,6 +27,7 @@ from pipeline.unet.families import why_not_streamed
 from pipeline.unet.foreign import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
+from pipeline.unet.resampled import about_as_large
 from pipeline.unet.settings import UNetSettings
 from pipeline.works.blocks import Outputs, SegmentBlocks
 from pipeline.works.columns import SegmentColumns
@@ -34,7 +35,6 @@ from pipeline.works.columns import SegmentColumns
 log = logging.getLogger("haloseg")
 
 USUAL = Scheme()
-_SIZE_TOLERANCE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +292,9 @@ def _warn_of_voxel_size(image: Image, model: Model) -> None:
         return
     dims = model.settings.dims
     seen = model.voxel_size_um[-dims:]
-    if _about(image.voxel_size_um[-dims:], seen):
+    if about_as_large(image.voxel_size_um[-dims:], seen):
         return
-    coarser = [level for level in image.levels[1:] if _about(level.scale[-dims:], seen)]
+    coarser = [level for level in image.levels[1:] if about_as_large(level.scale[-dims:], seen)]
     remedy = "resample the scan"
     if coarser:
         size = ",".join(f"{each:g}" for each in coarser[0].scale)
@@ -303,8 +303,3 @@ def _warn_of_voxel_size(image: Image, model: Model) -> None:
         "the model was trained at %s um per voxel, the image has %s: expect worse labels, or %s",
         seen, image.voxel_size_um[-dims:], remedy,
     )  # fmt: skip
-
-
-def _about(sizes: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Whether voxels are of about the same size."""
-    return all(max(a / b, b / a) <= _SIZE_TOLERANCE for a, b in zip(sizes, others, strict=True))

@@ -103,6 +103,7 @@ def test_plan_tells_what_segment_does_and_writes_nothing(tmp_path, image, capsys
     assert document["blocks"] == 24
     assert document["halo_tax"] > 1
     assert document["peak_bytes"] <= document["budget_bytes"]
+    assert (document["normalisation"], document["limits"]) == ("zscore", [])
     timed = printed(capsys, "plan", image, "--model", model, "--calibrate")
     assert timed["voxels_per_s"] == pytest.approx(20 * 40 * 50 / timed["seconds"])
     assert "seconds" not in printed(capsys, "plan", image, "--model", model, "--calibrate", "--engine", "reference")

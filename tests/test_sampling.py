@@ -7,8 +7,10 @@ import pytest
 import tifffile
 import torch
 from test_train import RECIPE, image_of, textures
+from volumes import model_file
 
 from pipeline.errors import ArgumentError
+from pipeline.ingest import ingest
 from pipeline.inspect import inspect
 from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
@@ -18,6 +20,7 @@ from pipeline.unet.augment import Augmentation
 from pipeline.unet.batches import batches, draw_batch
 from pipeline.unet.model import load_model
 from pipeline.unet.patches import IGNORED
+from pipeline.unet.settings import UNetSettings
 from pipeline.unet.warp import batch_of
 
 WARPED = Augmentation(rotation_degrees=180, scale=0.2, elastic_sigma_voxels=1)
@@ -177,3 +180,21 @@ def test_windows_are_recorded_and_told_and_must_fit_the_image(tmp_path):
     train([image], labels="truth", model=str(tmp_path / "d"), recipe=by_dtype)
     with pytest.raises(ArgumentError, match="normalisation dtype needs integers, got float32"):
         plan_segment(floats, model=str(tmp_path / "d"), name="x")
+
+
+def test_an_image_of_finer_voxels_than_the_models_is_told_how_to_have_them(tmp_path, caplog):
+    voxels, labels = textures((320, 288))
+    image = image_of(tmp_path, "a", voxels, labels, size=(0.25, 0.25))
+    model = model_file(tmp_path / "m", UNetSettings(dims=2, width=2, depth=1), voxel_size_um=(0.5, 0.5))
+    plan_segment(image, model=model, name="x")
+    (told,) = caplog.messages
+    assert "trained at (0.5, 0.5) um per voxel, the image has (0.25, 0.25): expect worse labels, or use its" in told
+    level, _, option, size = told.partition("haloseg ingest ")[2].split()
+    assert option == "--voxel-size-um"
+    ingest(level, str(tmp_path / "coarse.zarr"), voxel_size_um=tuple(map(float, size.split(","))))
+    caplog.clear()
+    plan_segment(str(tmp_path / "coarse.zarr"), model=model, name="x")
+    assert caplog.messages == []
+    model = model_file(tmp_path / "m", UNetSettings(dims=2, width=2, depth=1), voxel_size_um=(0.1, 0.1))
+    plan_segment(image, model=model, name="x")
+    assert caplog.messages[0].endswith("resample the scan")

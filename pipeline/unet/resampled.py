@@ -19,6 +19,7 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 
 _ALIKE = 0.01
+_ABOUT_AS_LARGE = 1.5
 
 Steps = tuple[float, ...]
 
@@ -30,6 +31,11 @@ def checked_size(voxel_size_um: tuple[float, ...]) -> tuple[float, ...]:
             f"voxel_size_um must be two or three lengths above 0, got {voxel_size_um}; give y and x, or z, y and x"
         )
     return voxel_size_um
+
+
+def about_as_large(size_um: tuple[float, ...], other_um: tuple[float, ...]) -> bool:
+    """Whether one network may see voxels of both sizes: along no axis is one of them over 1.5 times the other."""
+    return all(max(a / b, b / a) <= _ABOUT_AS_LARGE for a, b in zip(size_um, other_um, strict=True))
 
 
 def steps_between(size_um: tuple[float, ...], seen_um: tuple[float, ...]) -> Steps:

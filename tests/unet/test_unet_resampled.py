@@ -14,7 +14,7 @@ from pipeline.geometry.box import Box
 from pipeline.unet.augment import Augmentation, Change, Field, Grey
 from pipeline.unet.losses import Objective
 from pipeline.unet.patches import IGNORED, Patches, Source, orientations
-from pipeline.unet.resampled import checked_size, nearest, placed, seen_region, steps_between
+from pipeline.unet.resampled import about_as_large, checked_size, nearest, placed, seen_region, steps_between
 from pipeline.unet.settings import Padding, UNetSettings
 from pipeline.unet.validation import validate
 from pipeline.unet.warp import batch_of
@@ -86,6 +86,8 @@ def test_sizes_that_agree_take_no_steps():
     assert steps_between((0.5, 0.25), (0.5, 0.25)) == ()
     assert steps_between((0.499, 0.2502), (0.5, 0.25)) == ()
     assert steps_between((0.5, 0.25), (0.5, 0.5)) == (1.0, 2.0)
+    assert about_as_large((0.5, 0.5), (0.75, 0.34))
+    assert not about_as_large((0.5, 0.5), (0.5, 0.33))
     with pytest.raises(ArgumentError, match="two or three lengths above 0"):
         checked_size((0.5, float("inf")))
 
