@@ -27,8 +27,8 @@ from pipeline.unet.families import why_not_streamed
 from pipeline.unet.foreign import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
-from pipeline.unet.resampled import about_as_large
 from pipeline.unet.settings import UNetSettings
+from pipeline.voxel_size import warn_of_voxel_size
 from pipeline.works.blocks import Outputs, SegmentBlocks
 from pipeline.works.columns import SegmentColumns
 
@@ -113,7 +113,7 @@ def plan_segment(
     scheme = scheme_for(network.settings, scheme)
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
     network.scaling.windows(of.statistics, dtype=of.dtype)  # refuses an image that it does not fit
-    _warn_of_voxel_size(of, network)
+    warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
     rule = _over(network, slices)
     layout = same_layout(of, rule.stride)
@@ -285,21 +285,3 @@ def _provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[s
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
         "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
     }  # fmt: skip
-
-
-def _warn_of_voxel_size(image: Image, model: Model) -> None:
-    if not image.voxel_size_um or not model.voxel_size_um:
-        return
-    dims = model.settings.dims
-    seen = model.voxel_size_um[-dims:]
-    if about_as_large(image.voxel_size_um[-dims:], seen):
-        return
-    coarser = [level for level in image.levels[1:] if about_as_large(level.scale[-dims:], seen)]
-    remedy = "resample the scan"
-    if coarser:
-        size = ",".join(f"{each:g}" for each in coarser[0].scale)
-        remedy = f"use its pyramid: haloseg ingest {image.location / coarser[0].path} IMAGE --voxel-size-um {size}"
-    log.warning(
-        "the model was trained at %s um per voxel, the image has %s: expect worse labels, or %s",
-        seen, image.voxel_size_um[-dims:], remedy,
-    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Voxel size: whether an image has about the one that a model was trained at."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.store.image import Image
+from pipeline.unet.model import Model
+from pipeline.unet.resampled import about_as_large
+
+log = logging.getLogger("haloseg")
+
+
+def warn_of_voxel_size(image: Image, model: Model) -> None:
+    """Say where an image's voxels are of another size than those that a model learnt from, and what to do about it."""
+    if not image.voxel_size_um or not model.voxel_size_um:
+        return
+    dims = model.settings.dims
+    seen = model.voxel_size_um[-dims:]
+    if about_as_large(image.voxel_size_um[-dims:], seen):
+        return
+    coarser = [level for level in image.levels[1:] if about_as_large(level.scale[-dims:], seen)]
+    remedy = "resample the scan"
+    if coarser:
+        size = ",".join(f"{each:g}" for each in coarser[0].scale)
+        remedy = f"use its pyramid: haloseg ingest {image.location / coarser[0].path} IMAGE --voxel-size-um {size}"
+    log.warning(
+        "the model was trained at %s um per voxel, the image has %s: expect worse labels, or %s",
+        seen, image.voxel_size_um[-dims:], remedy,
+    )  # fmt: skip
