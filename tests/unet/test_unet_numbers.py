@@ -15,11 +15,14 @@ SCALINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32", "float64"])
-@pytest.mark.parametrize("how", SCALINGS)
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        (how, dtype) for how in SCALINGS for dtype in ("uint8", "int16", "uint32", "float32", "float64")
+        if how is not Normalisation.DTYPE or dtype[0] != "f"
+    ],
+)  # fmt: skip
 def test_training_and_inference_see_the_same_numbers(how, dtype):
-    if how is Normalisation.DTYPE and dtype.startswith("f"):
-        pytest.skip("floats have no range")
     voxels = np.random.default_rng(0).integers(0, 200, (2, 6, 7)).astype(dtype)
     voxels[0] += np.array(50, dtype)
     windows = SCALINGS[how].windows(merge([tuple(map(Histogram.of, voxels))]), dtype=dtype)
