@@ -56,7 +56,7 @@ def test_channels_have_one_window_for_all_or_each_its_own():
         Scaling(Normalisation.WINDOW, ((0.0, 4.0),) * 3).windows(both, dtype="int16")
 
 
-@pytest.mark.parametrize("how", set(Normalisation) - {Normalisation.WINDOW, Normalisation.DTYPE})
+@pytest.mark.parametrize("how", [Normalisation.ZSCORE, Normalisation.PERCENTILE, Normalisation.RANGE])
 def test_a_constant_image_is_zero(how):
     constant = np.full(9, 3, np.uint8)
     (window,) = Scaling(how).windows(statistics_of(constant), dtype="uint8")
