@@ -101,7 +101,7 @@ def nice_step(least: float) -> float:
 
 
 def draw_curves(curve: Sequence[Validation], *, title: str, classes: tuple[str, ...]) -> bytes:
-    """Return a PNG: the loss of training and held out above, Dice of the classes held out below, the best step marked.
+    """Return a PNG: the loss of training and held out above, Dice of the classes or PSNR below, the best step marked.
 
     The losses are on a logarithmic scale where they span more than a factor of 10. Of more than 8 classes, the mean
     and the worst are shown. ``curve`` has one validation at least.
@@ -113,22 +113,28 @@ def draw_curves(curve: Sequence[Validation], *, title: str, classes: tuple[str, 
         _Line("training", _COLOURS[1], [(each.step, each.train_loss) for each in curve], best.train_loss),
         _Line("held out", _COLOURS[0], [(each.step, each.loss) for each in curve], best.loss),
     ]
-    lower = _dice_lines(curve, best, classes)
+    lower, below = _dice_lines(curve, best, classes) if classes else _psnr_lines(curve, best), height - _BOTTOM
     y_upper = _range_of(upper, start=_TOP + middle, stop=_TOP)
-    y_lower = _Scale(0.0, 1.0, height - _BOTTOM, height - _BOTTOM - middle)
+    y_lower = _Scale(0.0, 1.0, below, below - middle) if classes else _range_of(lower, start=below, stop=below - middle)
+    told = "Dice held out" if classes else "PSNR held out, dB"
     fine = Image.new("RGB", (width * _FINE, height * _FINE), _WHITE)
     for lines, y in ((upper, y_upper), (lower, y_lower)):
         _draw_lines(ImageDraw.Draw(fine), lines, x, y, best=best)
     picture = fine.resize(_SIZE, Image.Resampling.BOX)
     draw = ImageDraw.Draw(picture)
     draw.text((_LEFT, 16), f"{title}: best at step {best.step:,}", fill=_INK, font=_font(17))
-    for lines, y, name in ((upper, y_upper, "loss"), (lower, y_lower, "Dice held out")):
+    for lines, y, name in ((upper, y_upper, "loss"), (lower, y_lower, told)):
         _draw_axes(draw, x, y, name=name)
         _draw_legend(draw, lines, y)
     draw.text(((x.start + x.stop) / 2, height - 14), "step", fill=_INK, font=_font(13), anchor="mm")
     content = io.BytesIO()
     picture.save(content, format="PNG", optimize=True)
     return content.getvalue()
+
+
+def _psnr_lines(curve: Sequence[Validation], best: Validation) -> list[_Line]:
+    """Return how far values are from the target."""
+    return [_Line("PSNR", _COLOURS[0], [(each.step, each.psnr) for each in curve], best.psnr)]
 
 
 def _dice_lines(curve: Sequence[Validation], best: Validation, classes: tuple[str, ...]) -> list[_Line]:
@@ -154,7 +160,7 @@ def _over(each: Validation, figure: str) -> float | None:
 
 def _range_of(lines: list[_Line], *, start: float, stop: float) -> _Scale:
     """Return a scale that holds all points, with some air; from zero unless it is logarithmic."""
-    values = [value for line in lines for _, value in line.points if value is not None]
+    values = [value for line in lines for _, value in line.points if value is not None] or [0.0]
     low, high = min(values), max(values)
     if low > 0 and high > _DECADE * low:
         return _Scale(low / 1.15, high * 1.15, start, stop, log=True)

@@ -40,9 +40,8 @@ class Learning:
         """Write a line, and show the validation if it is the best so far."""
         if self._best is None or now.loss < self._best.loss:
             self._best = now
-            self._progress.update(self._bar, best=f"best {now.loss:.4f}, Dice {_mean_dice(now)}")
-        dice = " ".join("-" if d is None else f"{d:.3f}" for d in now.dice)
-        line = f"step {now.step}: loss {now.train_loss:.4f}, held out {now.loss:.4f}, Dice {dice}"
+            self._progress.update(self._bar, best=f"best {now.loss:.4f}, {_in_short(now)}")
+        line = f"step {now.step}: loss {now.train_loss:.4f}, held out {now.loss:.4f}, {now.told}"
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
@@ -67,6 +66,9 @@ def learning(console: Console, *, n_steps: int, minutes: float | None) -> Iterat
         yield Learning(progress, n_steps=n_steps, minutes=minutes)
 
 
-def _mean_dice(now: Validation) -> str:
+def _in_short(now: Validation) -> str:
+    """Return the mean of Dice, or PSNR."""
     known = [dice for dice in now.dice if dice is not None]
-    return f"{sum(known) / len(known):.3f}" if known else "-"
+    if known:
+        return f"Dice {sum(known) / len(known):.3f}"
+    return "Dice -" if now.psnr is None else f"{now.psnr:.1f} dB"

@@ -1,4 +1,4 @@
-"""Lesson: what a network is to learn, from images and their labels on disk."""
+"""Lesson: what a network is to learn, from images and their labels or target images on disk."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ArgumentError, StoreError
+from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
-from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable
 from pipeline.store.image import Image, open_image
-from pipeline.store.labels import Labels, label_location, open_labels
+from pipeline.store.labels import Labels
 from pipeline.store.reading import open_voxels
+from pipeline.store.scaling import Window
+from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targets
 from pipeline.unet.borders import Borders, Separated, in_memory
 from pipeline.unet.learner import training_rule
 from pipeline.unet.patches import Patches, orientations
 from pipeline.unet.recipe import Recipe, choose_dims
-from pipeline.unet.resampled import Steps, about_as_large, seen_region, steps_between
-from pipeline.unet.settings import LARGEST_CLASS, UNetSettings
+from pipeline.unet.resampled import Steps, seen_region, steps_between
+from pipeline.unet.settings import UNetSettings
 from pipeline.unet.source import Source
+from pipeline.unet.targets import UNKNOWN, Known, Target
 
 RESIDENT_BYTES = 2**29
-INSTANCE_CLASSES = ("background", "object")
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Images, their labels, and the patches that a network of these settings learns from.
+    """Images, their labels or targets, and the patches that a network of these settings learns from.
 
     Attributes
     ----------
-    classes, class_values : names and label values of the classes, ascending
+    truths : label volumes; of losses of values the target images
+    classes, class_values : names and label values of the classes, ascending; none of targets
     learn, check : patches to learn from, and those of the parts that are held out
     held_out : the part of each image that is held out; None: nothing of it is
     voxel_size_um : that the network sees, along the images' spatial axes; None where it is not known
+    target_windows, input_windows : (offset, scale) of each channel of the targets, and of all images; none of labels
     """
 
     images: tuple[Image, ...]
-    truths: tuple[Labels, ...]
+    truths: tuple[Labels | Image, ...]
     settings: UNetSettings
     classes: tuple[str, ...]
     class_values: tuple[int, ...]
@@ -49,39 +52,43 @@ class Lesson:
     check: Patches
     held_out: tuple[Box | None, ...]
     voxel_size_um: tuple[float, ...] | None
+    target_windows: tuple[tuple[float, float], ...] = ()
+    input_windows: tuple[tuple[float, float], ...] = ()
 
 
 def open_lesson(
-    images: Sequence[str], *, labels: str, recipe: Recipe, held_out: Sequence[str] = ()
+    images: Sequence[str], *, recipe: Recipe, labels: str | None = None, targets: Sequence[str] = (),
+    held_out: Sequence[str] = (),
 ) -> Lesson:
-    """Return what a recipe makes of the label volume ``labels`` of every image.
+    """Return what a recipe makes of the label volume ``labels`` of every image, or of the image's target.
 
     Without images that are held out, the last part of every image along its first axis is: the last slices of a volume,
     the bottom of a slide.
 
+    Parameters
+    ----------
+    targets : paths or URLs of the images that the network is to make, in the order of ``images`` and ``held_out``
+
     Raises
     ------
-    InputError : images, labels and recipe do not fit.
+    InputError : images, labels or targets, and recipe do not fit.
     """
     if not images:
         raise ArgumentError("training needs at least one image, got none; name one")
+    check_asked(recipe, labels=labels, targets=targets, n_images=len(images) + len(held_out))
     opened = [open_image(path) for path in (*images, *held_out)]
     places = [str(image.location.absolute()) for image in opened]
     if both := set(places[: len(images)]) & set(places[len(images) :]):
         raise ArgumentError(f"images that are held out must not be learnt from, got {min(both)}; name it once")
-    truths = [open_labels(label_location(image.location, labels)) for image in opened]
-    _check_alike(opened, resampled=bool(recipe.voxel_size_um))
-    values = _class_values(opened, truths, recipe=recipe)
-    if recipe.classes and len(recipe.classes) != len(values):
-        raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
-    names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(truths[0], value) for value in values)
+    check_alike(opened, resampled=bool(recipe.voxel_size_um))
+    truth = of_labels(opened, labels, recipe=recipe) if labels else of_targets(opened, targets, n_learnt=len(images))
     size, shapes = _seen_size(opened, recipe=recipe), [_seen_shape(each, recipe.voxel_size_um) for each in opened]
     dims = choose_dims(recipe, shapes=shapes, voxel_size_um=size)
     if size and dims < len(size):
         size = (*(opened[0].voxel_size_um or size)[:-dims], *size[-dims:])
-    settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=len(values))
+    settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=truth.n_outputs)
     regions = _regions(opened, n_learnt=len(images) if held_out else None, fraction=recipe.validation_fraction)
-    patches = _patches(opened, truths, settings=settings, recipe=recipe, values=values, size=size)
+    patches = _patches(opened, truth, settings=settings, recipe=recipe, size=size)
     learn, check = (
         replace(patches, sources=tuple(replace(s, region=r) for s, r in zip(patches.sources, side, strict=True) if r))
         for side in zip(*regions, strict=True)
@@ -90,25 +97,9 @@ def open_lesson(
     learn = learn.with_foreground(recipe.foreground_share) if recipe.foreground_share else learn
     kept_back = tuple(box for _, box in regions)
     return Lesson(
-        tuple(opened), tuple(truths), settings, recipe.classes or names, values, learn, check, kept_back, size
+        tuple(opened), truth.volumes, settings, truth.classes, truth.class_values, learn, check, kept_back,
+        size, truth.windows, truth.input_windows,
     )  # fmt: skip
-
-
-def _check_alike(images: list[Image], *, resampled: bool) -> None:
-    """Refuse images that one network cannot learn from together."""
-    first = images[0]
-    for other in images[1:]:
-        if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):
-            raise ArgumentError(
-                f"images must have the same channels and axes, got {first.n_channels} x {first.spatial_shape} and "
-                f"{other.n_channels} x {other.spatial_shape} in {other.location}; train one model for each kind"
-            )
-        sizes = first.voxel_size_um, other.voxel_size_um
-        if not resampled and sizes[0] and sizes[1] and not about_as_large(sizes[0], sizes[1]):
-            raise ArgumentError(
-                f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
-                f"in {other.location}; set voxel_size_um in the recipe to what the network is to see of all"
-            )
 
 
 def _seen_size(images: list[Image], *, recipe: Recipe) -> tuple[float, ...] | None:
@@ -141,35 +132,8 @@ def _steps(image: Image, size: tuple[float, ...]) -> Steps:
     return (1.0,) * across + steps if steps else ()
 
 
-def _class_values(images: list[Image], truths: list[Labels], *, recipe: Recipe) -> tuple[int, ...]:
-    """Return all label values but the ignored one, ascending, found block by block; of instances, 0 and 1."""
-    values: set[int] = set()
-    for image, truth in zip(images, truths, strict=True):
-        if truth.spatial_shape != image.spatial_shape:
-            raise StoreError(
-                f"labels must have the image's shape {image.spatial_shape}, got {truth.spatial_shape} at "
-                f"{truth.location}; ingest them again"
-            )
-        if np.dtype(truth.dtype).kind not in "iub":
-            raise StoreError(f"labels must be integers, got {truth.dtype} at {truth.location}; convert them")
-        array = truth.array
-        for block in BlockGrid(truth.spatial_shape, truth.layout.shard):
-            found = set(np.unique(np.asarray(array[block.core.slices])).tolist()) - {recipe.ignore}
-            values |= {int(value != 0) for value in found} if recipe.instances else found
-            if len(values) > LARGEST_CLASS:
-                raise ArgumentError(
-                    f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they "
-                    "are instances, set instances = true in the recipe or make classes of them, such as boundary and "
-                    "interior"
-                )
-    if len(values) < 2:
-        raise ArgumentError(f"labels must have at least 2 different values, got {sorted(values)}; label another class")
-    return tuple(sorted(values))
-
-
 def _patches(
-    images: list[Image], truths: list[Labels], *, settings: UNetSettings, recipe: Recipe, values: tuple[int, ...],
-    size: tuple[float, ...] | None,
+    images: list[Image], truth: Truth, *, settings: UNetSettings, recipe: Recipe, size: tuple[float, ...] | None
 ) -> Patches:
     """Return patches of whole images, in which the network sees voxels of this size."""
     rule, core = training_rule(settings), settings.in_proportion(recipe.patch_core(settings))
@@ -178,11 +142,16 @@ def _patches(
     spacing = _spacing(size or (1.0,) * len(core), dims=settings.dims)
     turns = orientations(core, halo=rule.halo, voxel_size_um=size)
     turns = turns if recipe.augmentation.flips else turns[:1]
-    sources = _sources(images, truths, recipe=recipe, spacing=spacing, dims=settings.dims)
+    stored = _stored(images, truth.volumes, recipe=recipe)
+    if truth.windows:
+        sources = _targeted(images, truth, stored, recipe=recipe, dims=settings.dims)
+    else:
+        sources = _labelled(images, stored, recipe=recipe, spacing=spacing, dims=settings.dims)
+    ignored = UNKNOWN if truth.windows else -1 if recipe.instances else recipe.ignore
     patches = Patches(
-        sources, core, rule.halo, values, settings.dims, turns, recipe.augmentation, spacing[-settings.dims :],
-        -1 if recipe.instances and recipe.ignore is not None else recipe.ignore,
-    )
+        sources, core, rule.halo, truth.class_values or (0,), settings.dims, turns, recipe.augmentation,
+        spacing[-settings.dims :], None if recipe.ignore is None else ignored,
+    )  # fmt: skip
     recipe.augmentation.check(patches.tile, spacing=patches.spacing)
     return patches
 
@@ -192,21 +161,44 @@ def _spacing(size: tuple[float, ...], *, dims: int) -> tuple[float, ...]:
     return tuple(each / min(size[-dims:]) for each in size)
 
 
-def _sources(
-    images: list[Image], truths: list[Labels], *, recipe: Recipe, spacing: tuple[float, ...], dims: int
-) -> tuple[Source, ...]:
-    """Return the images with their labels, in memory where they are small."""
-    volumes: list[Image | Labels] = [*images, *truths]
+_Stored = list[tuple[Sliceable, Sliceable]]
+
+
+def _stored(images: list[Image], truths: Sequence[Labels | Image], *, recipe: Recipe) -> _Stored:
+    """Return the voxels of each image and of its truth, in memory where they are small."""
+    volumes = [*images, *truths]
     arrays: list[Any] = [each.array for each in volumes]
-    n_voxels = sum(prod(image.spatial_shape) for image in images)
+    n, n_voxels = len(images), sum(prod(image.spatial_shape) for image in images)
     computed_bytes = n_voxels * (2 * recipe.instances + 4 * (recipe.border_weight > 0))
     resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
     stored: list[Sliceable] = [
         np.asarray(array[:]) if resident else open_voxels(each.location / each.levels[0].path)
         for array, each in zip(arrays, volumes, strict=True)
     ]
-    n, axes, sources = len(images), tuple(range(len(spacing) - dims, len(spacing))), []
-    for image, voxels, ids in zip(images, stored[:n], stored[n:], strict=True):
+    return list(zip(stored[:n], stored[n:], strict=True))
+
+
+def _targeted(
+    images: list[Image], truth: Truth, stored: _Stored, *, recipe: Recipe, dims: int
+) -> tuple[Source, ...]:
+    """Return the images with their targets."""
+    windows, sources = tuple(Window(*each) for each in truth.input_windows), []
+    for image, target, (voxels, goal) in zip(images, truth.volumes, stored, strict=True):
+        assert isinstance(target, Image)
+        spans = tuple(each.maximum - each.minimum for each in target.statistics)
+        known, about = Known(goal, recipe.ignore), Target(goal, truth.windows, spans)
+        steps = _steps(image, recipe.voxel_size_um[-dims:])
+        sources.append(Source(voxels, known, windows, Box.whole(image.spatial_shape), None, steps, about))
+    return tuple(sources)
+
+
+def _labelled(
+    images: list[Image], stored: _Stored, *, recipe: Recipe, spacing: tuple[float, ...], dims: int
+) -> tuple[Source, ...]:
+    """Return the images with their labels, and with what follows from these."""
+    axes, sources = tuple(range(len(spacing) - dims, len(spacing))), []
+    resident = isinstance(stored[0][0], np.ndarray)
+    for image, (voxels, ids) in zip(images, stored, strict=True):
         labels, borders, steps = ids, None, _steps(image, recipe.voxel_size_um[-dims:])
         keep: Callable[[Sliceable], Sliceable] = in_memory if resident else lambda computed: computed
         if recipe.instances:
@@ -241,8 +233,3 @@ def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:
     stop = tuple(cut if i == axis else m for i, m in enumerate(shape))
     start = tuple(cut if i == axis else 0 for i in range(len(shape)))
     return Box(whole.start, stop), Box(start, whole.stop)
-
-
-def _class_name(truth: Labels, value: int) -> str:
-    """Return what the labels call a value, where they were made by a model; else the value itself."""
-    return truth.classes[value] if value < len(truth.classes) else f"class {value}"

@@ -40,24 +40,33 @@ class Preview:
         return {"preview": self.path, "patch_shape": list(self.tile), "patches": self.n_patches}
 
 
-def preview(images: Sequence[str], *, labels: str, recipe: Recipe, seed: int, path: str) -> Preview:
+def preview(
+    images: Sequence[str], *, recipe: Recipe, seed: int, path: str, labels: str | None = None,
+    targets: Sequence[str] = (),
+) -> Preview:
     """Write a PNG of the first patches that a training with this seed would see; of volumes their middle slices.
 
         image    image    image   ...    what enters the network
         labels   labels   labels  ...    over it; unlabelled voxels dark red, what only lends context left clear
 
+    Of targets the second row shows what the network is to make, what only lends context left white.
+
     Raises
     ------
     InputError : images, labels and recipe do not fit, or the picture cannot be written there.
     """
-    lesson = open_lesson(images, labels=labels, recipe=recipe)
+    lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe)
     n = recipe.batch_size(lesson.settings.dims)
     steps = batches(lesson.learn, n, seed=seed, first=1, last=ceil(N_PATCHES / n))
     batch = batch_of([patch for _, drawn in steps for patch in drawn][:N_PATCHES], device="cpu")
     columns = []
-    for x, y in zip(batch.images.numpy(), batch.classes.numpy(), strict=True):
+    for number, x in enumerate(batch.images.numpy()):
         grey = _grey(_middle(x[0]))
-        columns.append(np.concatenate([grey, _gap(grey.shape[1], axis=0), _over(grey, _middle(y))]))
+        if batch.target is None:
+            below = _over(grey, _middle(batch.classes[number].numpy()))
+        else:
+            below = _framed(_grey(_middle(batch.target[number, 0].numpy())), grey.shape)
+        columns.append(np.concatenate([grey, _gap(grey.shape[1], axis=0), below]))
     enlarged = max(1, _WIDTH // columns[0].shape[1])
     columns = [column.repeat(enlarged, axis=0).repeat(enlarged, axis=1) for column in columns]
     strip = [part for column in columns for part in (column, _gap(columns[0].shape[0], axis=1))][:-1]
@@ -91,6 +100,14 @@ def _over(grey: NDArray[np.uint8], classes: NDArray[np.int64]) -> NDArray[np.uin
         where = classes == value
         part[where] = (1 - _OPACITY) * part[where] + _OPACITY * np.array(colour)
     return out.astype(np.uint8)
+
+
+def _framed(picture: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return the picture in the middle of a white one of this shape."""
+    out = np.full(shape, 255, dtype=np.uint8)
+    start = [(n - m) // 2 for n, m in zip(shape, picture.shape, strict=True)]
+    out[tuple(slice(a, a + m) for a, m in zip(start, picture.shape, strict=True))] = picture
+    return out
 
 
 def _gap(length: int, *, axis: int) -> NDArray[np.uint8]:

@@ -17,6 +17,8 @@ from pipeline.curves import CurvesFile
 from pipeline.learning import learning
 from pipeline.lesson import Lesson, open_lesson
 from pipeline.preview import preview
+from pipeline.store.image import Image
+from pipeline.store.labels import Labels
 from pipeline.store.location import Location
 from pipeline.store.shelf import to_be_written
 from pipeline.unet.board import board
@@ -51,22 +53,23 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object."""
         per_class = zip(self.model.classes, self.model.class_values, self.best.dice, strict=True)
-        return {
+        reached = {
             "model": self.path, "sha256": self.model.digest, "steps": self.n_steps,
             "steps_before": self.n_before, "wall_s": self.wall_s,
             "best_step": self.best.step, "validation_loss": self.best.loss,
             "parameters": sum(t.numel() for name, t in self.model.weights.items() if not name.endswith(_STATISTICS)),
             "classes": [{"class": name, "value": value, "validation_dice": dice} for name, value, dice in per_class],
         }  # fmt: skip
+        return reached if self.best.dice else reached | {"validation_psnr_db": self.best.psnr}
 
 
 def train(
-    images: Sequence[str], *, labels: str, model: str, recipe: Recipe | None = None, held_out: Sequence[str] = (),
-    minutes: float | None = None, device: str = "cpu", seed: int = 0, processes: int | None = None,
-    tensorboard: str | None = None, on_progress: Callable[[Validation], None] = lambda _: None,
-    on_step: Callable[[Step], None] = lambda _: None,
+    images: Sequence[str], *, model: str, labels: str | None = None, targets: Sequence[str] = (),
+    recipe: Recipe | None = None, held_out: Sequence[str] = (), minutes: float | None = None, device: str = "cpu",
+    seed: int = 0, processes: int | None = None, tensorboard: str | None = None,
+    on_progress: Callable[[Validation], None] = lambda _: None, on_step: Callable[[Step], None] = lambda _: None,
 ) -> TrainResult:
-    """Write a model that has learnt the label volume ``labels`` of every image.
+    """Write a model that has learnt the label volume ``labels`` of every image, or to make its target of it.
 
     Images that are held out are not learnt from; without any, it is the last part of every image along its first axis:
     the last slices of a volume, the bottom of a slide. The weights of lowest loss there are kept. A run that was killed
@@ -77,6 +80,8 @@ def train(
     Parameters
     ----------
     images, held_out : paths or URLs of complete images
+    targets : of complete images of the same shapes, in the order of ``images``, then of ``held_out``
+    recipe : by default the usual settings; of targets the recipe ``regression``
     model : path of the model file, written at once at the end
     minutes : stop after so long, all runs together, if the recipe's steps take longer
     device : "cpu" or "cuda"
@@ -90,8 +95,8 @@ def train(
         written.
     RunError : the training failed; no model was written.
     """
-    begin, recipe = perf_counter(), recipe or Recipe()
-    lesson = open_lesson(images, labels=labels, recipe=recipe, held_out=held_out)
+    begin, recipe = perf_counter(), recipe or usual_recipe(targets)
+    lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
     settings, source = lesson.settings, _source(lesson, recipe=recipe, seed=seed, device=device)
     n = processes_for(device, asked=processes, n_patches=recipe.batch_size(settings.dims))
     source |= {"processes": n}
@@ -116,6 +121,7 @@ def train(
         settings, lesson.classes, lesson.class_values, recipe.normalisation,
         tuple(map(str, range(settings.in_channels))), lesson.voxel_size_um, closed_form_rule(settings),
         source | _reached(fitted), fitted.weights, limits=recipe.scaling.limits,
+        target_windows=lesson.target_windows, input_windows=lesson.input_windows,
     )  # fmt: skip
     saved = save_model(made, model)
     curves.write()
@@ -123,16 +129,23 @@ def train(
     return TrainResult(saved, str(model), fitted.best, fitted.n_steps, fitted.n_before, perf_counter() - begin)
 
 
+def usual_recipe(targets: Sequence[str]) -> Recipe:
+    """Return the recipe that is taken where none is given."""
+    return load_recipe("regression") if targets else Recipe()
+
+
 def command(args: Namespace, *, console: Console) -> dict[str, Any]:
     """Train as the command line asks, with progress on stderr; or show what with."""
-    recipe = load_recipe(args.recipe) if args.recipe else Recipe()
+    recipe = load_recipe(args.recipe) if args.recipe else usual_recipe(args.target)
     if args.preview:
-        return preview(args.images, labels=args.labels, recipe=recipe, seed=args.seed, path=args.preview).to_json()
+        return preview(
+            args.images, labels=args.labels, targets=args.target, recipe=recipe, seed=args.seed, path=args.preview,
+        ).to_json()  # fmt: skip
     with to_be_written(args.model) as path, learning(console, n_steps=recipe.steps, minutes=args.minutes) as watch:
         result = train(
-            args.images, labels=args.labels, model=path, recipe=recipe, held_out=args.held_out, minutes=args.minutes,
-            device=pick_device(args.device), seed=args.seed, processes=args.processes, tensorboard=args.tensorboard,
-            on_progress=watch.validated, on_step=watch.took,
+            args.images, labels=args.labels, targets=args.target, model=path, recipe=recipe, held_out=args.held_out,
+            minutes=args.minutes, device=pick_device(args.device), seed=args.seed, processes=args.processes,
+            tensorboard=args.tensorboard, on_progress=watch.validated, on_step=watch.took,
         )
     return result.to_json()
 
@@ -143,9 +156,8 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
         "made_by": "haloseg train", "recipe": recipe.to_json(), "seed": seed, "device": device,
         "images": [
             {
-                "image": image.location.name, "labels": truth.location.name, "shape": image.spatial_shape,
-                "voxel_size_um": image.voxel_size_um, "scan": image.scan, "labels_from": truth.fingerprint,
-                "statistics": [each.to_json() for each in image.statistics],
+                "image": image.location.name, "shape": image.spatial_shape, "voxel_size_um": image.voxel_size_um,
+                "scan": image.scan, **_truth(truth), "statistics": [each.to_json() for each in image.statistics],
                 "held_out": asdict(held_out) if held_out else None,
             }
             for image, truth, held_out in zip(lesson.images, lesson.truths, lesson.held_out, strict=True)
@@ -154,6 +166,14 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
     }  # fmt: skip
     document: dict[str, Any] = json.loads(json.dumps(source))
     return document
+
+
+def _truth(truth: Labels | Image) -> dict[str, Any]:
+    """Return what was learnt, a JSON object."""
+    if isinstance(truth, Labels):
+        return {"labels": truth.location.name, "labels_from": truth.fingerprint}
+    statistics = [each.to_json() for each in truth.statistics]
+    return {"target": truth.location.name, "target_scan": truth.scan, "target_statistics": statistics}
 
 
 def _reached(fitted: Fitted) -> dict[str, Any]:

@@ -41,6 +41,17 @@ def test_losses_that_span_decades_fall_on_a_straight_line():
     assert np.abs(row - np.polyval(np.polyfit(column, row, 1), column)).max() < 8
 
 
+def test_of_values_the_ratio_is_drawn_from_zero_db():
+    curve = [Validation(n, 1.0, 1.0 - 0.1 * n, (), 40.0 if n == 1 else 20.0) for n in range(1, 7)]
+    picture, floor = drawn(curve, classes=()), PANELS[1].stop - PANELS[1].start
+    spots = places(picture, FIRST_CLASS, PANELS[1])
+    heights = [floor - np.median(spots[at, 0]) for at in (spots[:, 1] > 300, spots[:, 1] < 112)]
+    assert heights[0] / floor == pytest.approx(20 / (40 * 1.06), abs=0.02)
+    assert heights[1] > heights[0]
+    same = [Validation(1, 1.0, 1.0, (), None)]
+    assert len(places(drawn(same, classes=()), HELD_OUT, PANELS[0]))
+
+
 @pytest.mark.parametrize("best", [1, 3, 5])
 def test_the_best_step_is_marked_where_it_lies(best):
     panel = drawn(course(best=best))[PANELS[1], PLOT.start : PLOT.stop + 4]

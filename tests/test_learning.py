@@ -22,9 +22,9 @@ def shown(*, terminal, minutes=None):
 
 def test_elsewhere_there_is_a_line_per_validation_alone():
     assert shown(terminal=False).splitlines() == [
-        "step 50: loss 0.2500, held out 0.4500, Dice 0.900 - 0.700",
-        "step 100: loss 0.2500, held out 0.4000, Dice 0.900 - 0.700",
-        "step 100: loss 0.2500, held out 0.9000, Dice 0.100 - 0.100",
+        "step 50: loss 0.2500, held out 0.4500, Dice 0.900, -, 0.700",
+        "step 100: loss 0.2500, held out 0.4000, Dice 0.900, -, 0.700",
+        "step 100: loss 0.2500, held out 0.9000, Dice 0.100, -, 0.100",
     ]
 
 

@@ -13,7 +13,7 @@ from pipeline.unet.course import Step, Validation
 
 
 class Board:
-    """Writes losses, learning rate, patches/s and Dice as events; a training that goes on goes on in the same curves.
+    """Writes losses, rate, patches/s, Dice or PSNR as events; a training that goes on goes on in the same curves.
 
     Validations that a checkpoint remembers are told again before the first step: they are in the log already, unless
     it is new. What a killed run has logged after its checkpoint is left out once this run comes there.
@@ -56,6 +56,8 @@ class Board:
         for name, dice in zip(self._classes, now.dice, strict=True):
             if dice is not None:
                 self._writer.add_scalar(f"dice/{name}", dice, now.step)
+        if now.psnr is not None:
+            self._writer.add_scalar("psnr_db", now.psnr, now.step)
         self._writer.flush()
 
 

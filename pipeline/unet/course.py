@@ -37,12 +37,22 @@ class Validation:
     train_loss : mean of the recipe's loss over the steps since the validation before; cross-entropy in nats
     loss : the same over the validation patches, by their labelled voxels, nothing changed in them
     dice : of each class over all validation patches together; None where neither labels nor network have it
+    psnr : of values, peak signal-to-noise ratio in dB over all validation patches together, the peak being the span of
+        the target's intensities; None where classes are learnt, or nothing differs
     """
 
     step: int
     train_loss: float
     loss: float
     dice: tuple[float | None, ...]
+    psnr: float | None = None
+
+    @property
+    def told(self) -> str:
+        """Its figures for people: Dice of each class, or how far values are from the target."""
+        if self.dice:
+            return "Dice " + ", ".join("-" if each is None else f"{each:.3f}" for each in self.dice)
+        return "PSNR -" if self.psnr is None else f"PSNR {self.psnr:.2f} dB"
 
 
 def best_of(curve: Sequence[Validation]) -> Validation:

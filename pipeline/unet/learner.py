@@ -87,7 +87,7 @@ class Learner:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=halved):
             every = [core_of(logits, self.network.settings) for logits in self.called(images)]
         with self.team.adding():
-            losses = [self.objective(widened(logits), batch.classes, batch.borders) for logits in every]
+            losses = [self.objective(widened(logits), batch.classes, batch.borders, batch.target) for logits in every]
             loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip_norm:

@@ -1,4 +1,4 @@
-"""Losses: how far logits are from the classes; what nobody has labelled counts in none of them.
+"""Losses: how far logits are from the classes or the target; what nobody has labelled counts in none of them.
 
 Sums over voxels are divided by the sum of their weights, so that equal weights change nothing and the learning rate
 keeps its meaning. A batch without a labelled voxel has the loss zero, and no gradient. Sums go through ``total``, so
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.errors import ArgumentError
 from pipeline.unet.patches import IGNORED
 from pipeline.unet.team import total
 
@@ -26,6 +27,13 @@ class Loss(StrEnum):
     DICE_CROSS_ENTROPY = "dice_cross_entropy"  # their sum
     BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # of a sigmoid for each class but the first, which is none of them
     FOCAL = "focal"  # cross-entropy with less of what is right already (doi:10.1109/ICCV.2017.324)
+    L1 = "l1"  # of values: the mean distance from the target; tends to the median of what may be
+    L2 = "l2"  # of values: the mean squared distance; tends to the mean
+
+    @property
+    def is_of_values(self) -> bool:
+        """Whether it compares values with a target image, voxel by voxel, not classes with labels."""
+        return self in (Loss.L1, Loss.L2)
 
     @property
     def takes_weights(self) -> bool:
@@ -47,14 +55,22 @@ class Objective:
     class_weights: Tensor | None = None
     focal_gamma: float = 2.0
 
-    def __call__(self, logits: Tensor, classes: Tensor, borders: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, logits: Tensor, classes: Tensor, borders: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
         """Return the loss, a scalar.
 
         Parameters
         ----------
         logits : (batch, channels, *core); classes : int64 (batch, *core), IGNORED where nobody knows
         borders : (batch, *core), what is added to a voxel's weight
+        target : (batch, channels, *core), normalised, for losses of values
         """
+        if self.loss.is_of_values != (target is not None):
+            raise ArgumentError(
+                f"l1 and l2 need a target image, and other losses labels, got loss {self.loss}; give the other, or "
+                "another loss"
+            )
         weights = voxel_weights(classes, class_weights=self.class_weights, borders=borders).to(logits.dtype)
         match self.loss:
             case Loss.CROSS_ENTROPY:
@@ -67,6 +83,9 @@ class Objective:
                 return binary_cross_entropy(logits, classes, weights)
             case Loss.FOCAL:
                 return focal(logits, classes, weights, gamma=self.focal_gamma)
+            case Loss.L1 | Loss.L2:
+                assert target is not None
+                return distance(logits, target, weights, power=1 if self.loss is Loss.L1 else 2)
 
 
 def voxel_weights(classes: Tensor, *, class_weights: Tensor | None = None, borders: Tensor | None = None) -> Tensor:
@@ -112,6 +131,11 @@ def binary_cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor) -> Te
     truth = _one_hot(classes, logits.shape[1] + 1)[:, 1:].to(logits.dtype)
     each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return _mean(each.mean(dim=1), weights)
+
+
+def distance(values: Tensor, target: Tensor, weights: Tensor, *, power: int) -> Tensor:
+    """Return the mean of ``|value - target| ** power`` over channels and weights; both (batch, channels, *core)."""
+    return _mean((values - target).abs().pow(power).mean(dim=1), weights)
 
 
 def dice(logits: Tensor, classes: Tensor) -> Tensor:

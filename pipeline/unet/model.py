@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +19,11 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
-from pipeline.store.scaling import Limits, Scaling
-from pipeline.store.statistics import Normalisation
+from pipeline.store.scaling import Limits, Scaling, Window
+from pipeline.store.statistics import ChannelStatistics, Normalisation
 from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
-from pipeline.unet.settings import UNetSettings, closed_form_rule
+from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 from pipeline.unet.whole import write_whole
 
 FORMAT = 2
@@ -29,7 +31,7 @@ _FORMAT_OF_UNETS = 1  # what an older haloseg can read, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
-_OPTIONAL_FIELDS = {"limits"}
+_OPTIONAL_FIELDS = ("limits", "target_windows", "input_windows")  # where there are any, pairs of numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +50,10 @@ class Model:
     weights : tensors by name, as in ``UNet.state_dict``
     digest : SHA-256 of the file; empty before it is saved
     limits : of the normalisation, where it has some; see ``Scaling``
+    target_windows : (offset, scale) of each channel of a linear head, whose values times ``1 / scale`` plus offset are
+        intensities of the target; empty for other heads
+    input_windows : (offset, scale) of each of the image's channels, the same for every image, so that intensities that
+        mean the same stay the same; empty: those of each image follow from its own statistics
     """
 
     settings: UNetSettings | ForeignSettings
@@ -61,6 +67,8 @@ class Model:
     weights: dict[str, Tensor]
     digest: str = ""
     limits: Limits = ()
+    target_windows: tuple[tuple[float, float], ...] = ()
+    input_windows: tuple[tuple[float, float], ...] = ()
 
     @property
     def scaling(self) -> Scaling:
@@ -74,6 +82,7 @@ class Model:
                 f"a model needs {n} class names and values, got {self.classes} and {self.class_values}; "
                 "give one per class"
             )
+        self._check_target()
         if len(set(self.class_values)) != n or len(self.channels) != self.settings.in_channels:
             raise ArgumentError(
                 f"class values must differ, and channels be {self.settings.in_channels}, got {self.class_values} and "
@@ -93,6 +102,23 @@ class Model:
         if isinstance(self.settings, ForeignSettings):
             raise ModelError("a network from elsewhere runs by tiles, got one to be streamed; leave --slab out")
         return self.settings
+
+    def windows(self, statistics: Sequence[ChannelStatistics], *, dtype: str) -> tuple[Window, ...]:
+        """Return what the network sees of each channel of an image of this dtype."""
+        same = tuple(Window(*each) for each in self.input_windows)
+        return same or self.scaling.windows(statistics, dtype=dtype)
+
+    def _check_target(self) -> None:
+        n, scales = len(self.target_windows), [scale for _, scale in (*self.target_windows, *self.input_windows)]
+        linear = self.settings.head is Head.LINEAR
+        n_seen = len(self.input_windows) or self.settings.in_channels
+        fits = n == (self.settings.n_classes if linear else 0) and n_seen == self.settings.in_channels
+        if not fits or not all(0 < scale < math.inf for scale in scales):
+            raise ArgumentError(
+                f"a linear head needs an offset and a scale above 0 for each of its channels, and others none, got "
+                f"{self.target_windows} for a {self.settings.head} head and {self.input_windows} for images; save the "
+                "model anew"
+            )
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -159,15 +185,15 @@ def _document(content: bytes) -> dict[str, Any]:
         raise ModelError("its haloseg entry has no format number")
     if document["format"] > FORMAT:
         raise ModelError(f"its format {document['format']} is newer than {FORMAT}, the newest known: update haloseg")
-    if set(document) - _OPTIONAL_FIELDS != _FIELDS:
+    if set(document) - set(_OPTIONAL_FIELDS) != _FIELDS:
         raise ModelError(f"its haloseg entry must have {sorted(_FIELDS)}, has {sorted(document)}")
     return document
 
 
 def _to_json(model: Model) -> dict[str, Any]:
-    limits = {"limits": model.limits} if model.limits else {}
-    return limits | {
-        "format": FORMAT if isinstance(model.settings, ForeignSettings) else _FORMAT_OF_UNETS,
+    optional = {name: getattr(model, name) for name in _OPTIONAL_FIELDS if getattr(model, name)}
+    return optional | {
+        "format": FORMAT if model.target_windows or isinstance(model.settings, ForeignSettings) else _FORMAT_OF_UNETS,
         "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
         "voxel_size_um": model.voxel_size_um, "training": model.training,
@@ -188,7 +214,7 @@ def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: 
         tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
         tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
         tile_rule, document["training"], weights, digest,
-        tuple((float(low), float(high)) for low, high in document.get("limits", ())),
+        *(tuple((float(a), float(b)) for a, b in document.get(name, ())) for name in _OPTIONAL_FIELDS),
     )  # fmt: skip
 
 

@@ -114,8 +114,14 @@ def channels_last(dims: int) -> torch.memory_format:
 
 
 def probabilities_of(logits: Tensor, head: Head) -> Tensor:
-    """Return the probability of each channel, shape (batch, channels, *spatial) as the logits have it."""
-    return logits.softmax(dim=1) if head is Head.SOFTMAX else logits.sigmoid()
+    """Return the probability of each channel, shape (batch, channels, *spatial); of a linear head the logits."""
+    match head:
+        case Head.SOFTMAX:
+            return logits.softmax(dim=1)
+        case Head.SIGMOID:
+            return logits.sigmoid()
+        case Head.LINEAR:
+            return logits
 
 
 def classes_of(logits: Tensor, head: Head) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.store.scaling import Window
 
 Windows = tuple[Window, ...]
+Pairs = tuple[tuple[float, float], ...]  # (offset, scale) of each channel
 
 
 def normalised(raw: NDArray[Any], windows: Windows, *, device: torch.device) -> Tensor:
@@ -37,6 +38,16 @@ def normalised(raw: NDArray[Any], windows: Windows, *, device: torch.device) -> 
 def widened(logits: Tensor) -> Tensor:
     """Return logits in float32 at least, for what is small beside 1."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def restored(values: Tensor, windows: Pairs) -> Tensor:
+    """Return ``values / scale + offset`` as float32, the inverse of ``normalised``; shape (batch, channels, ...).
+
+    Computed in float64, so that large offsets cost no more than float32 itself does.
+    """
+    offset, scale = torch.tensor(windows, dtype=torch.float64, device=values.device).unbind(1)
+    shape = (-1,) + (1,) * (values.ndim - 2)
+    return (values.double() / scale.reshape(shape) + offset.reshape(shape)).to(torch.float32)
 
 
 @contextmanager

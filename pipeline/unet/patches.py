@@ -45,6 +45,7 @@ class Patch:
     classes : int64, (*core), or what the field asks for instead; IGNORED where they do not count
     borders : float32, of the shape of ``classes``
     tile, core : shapes of what enters the network and of what is compared with the labels
+    target : float32, (channels, *core), or what the field asks for instead
     """
 
     image: NDArray[np.float32]
@@ -53,6 +54,7 @@ class Patch:
     tile: tuple[int, ...]
     core: tuple[int, ...]
     change: Change | None = None
+    target: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +149,15 @@ class Patches:
         x, known = source.intensities(seen), self._reached(core, turn, field)
         y, front = self._classes(source, known), len(self.core) - self.n_axes
         w = None if source.borders is None else read_mirrored(source.borders, known)
+        t = None if source.target is None else source.target.values(known)
 
         def shown(part: NDArray[Any], axis: int) -> NDArray[Any]:
             turned = turn.apply(part)  # an axis across slices has one voxel
             return turned.reshape(turned.shape[:axis] + turned.shape[axis + front :]).copy()
 
         borders = None if w is None else shown(w, 0).astype(np.float32)
-        return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change)
+        target = None if t is None else shown(t, 1)
+        return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change, target)
 
     def _in_voxels_of(
         self, source: Source, core: Box, turn: Orientation, change: Change | None

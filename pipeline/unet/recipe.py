@@ -62,7 +62,8 @@ class Recipe:
     deep_supervision : of unet++: the loss is the mean over the outputs of all depths
     poolings : for thick slices, such as [[1, 2, 2], [1, 2, 2], [2, 2, 2]], finest level first: by how much each
         pooling divides the resolution along z, y and x; depth and dims follow from it, and patches are flat; empty: 2
-    normalisation : of intensities, by the statistics of each image, its dtype, or a fixed window
+    normalisation : of intensities, by the statistics of each image, its dtype, or a fixed window;
+        l1 and l2 take zscore, by the statistics of all together
     window : of the normalisation window, such as [-160, 240], or one pair for each channel; see Normalisation
     percentiles : of the normalisation percentile, two that ingest stores, such as [0.5, 99.5]; empty: 1 and 99
     voxel_size_um : [z, y, x] or [y, x] that the network is to see, whatever the images have; a 2-D network takes slices
@@ -78,13 +79,16 @@ class Recipe:
     warm_up_steps : over which the rate rises to what the schedule says
     plateau_patience : of the schedule plateau, validations without progress
     clip_norm : longest gradient, as the norm over all weights; a longer one is shortened; 0 takes all as they are
-    loss : what is made small; binary_cross_entropy makes a sigmoid head
+    loss : what is made small; binary_cross_entropy makes a sigmoid head; l1 and l2 make a linear one, which learns
+        target images instead of labels: denoising, say. Targets keep their grey values: set brightness and contrast of
+        [augmentation] to 0, as the recipe ``regression`` does, or the network learns to undo them
     focal_gamma : of the focal loss, how much less a voxel counts that is nearly right
     balance_classes : weigh classes so that each counts as much as another, whatever their frequency
     instances : labels are instances, each value one: class 1 inside, class 0 outside and between those that touch
     border_weight : added to the weight of background voxels between two instances, 10 in the paper; 0: none
     border_sigma_voxels : how far that weight reaches, voxels of the finest axis, 5 in the paper
-    ignore : label value of voxels that nobody has labelled, which do not count; left out: all are labelled
+    ignore : label value of voxels that nobody has labelled, which do not count, or intensity of such voxels in any
+        channel of a target; left out: all are labelled
     foreground_share : part of the patches that are centred on a voxel of a class other than the most frequent one
     ema : decay per step of a moving average of the weights, at least 0 and below 1, such as 0.99; the average is
         validated and kept instead of them (doi:10.1137/0330046); 0: none
@@ -173,6 +177,16 @@ class Recipe:
 
     def _check_weights(self) -> None:
         """Refuse weights that the loss or the labels cannot have."""
+        of_classes = ("balance_classes", "instances", "border_weight", "foreground_share", "classes")
+        if self.loss.is_of_values and (asked := [name for name in of_classes if getattr(self, name)]):
+            raise ArgumentError(
+                f"loss {self.loss} learns values, which have no classes, got {', '.join(asked)}; leave that out"
+            )
+        if self.loss.is_of_values and self.normalisation is not Normalisation.ZSCORE:
+            raise ArgumentError(
+                f"loss {self.loss} brings all images together to mean 0 and deviation 1, got {self.normalisation}; "
+                "leave normalisation out"
+            )
         if self.border_weight and not self.instances:
             raise ArgumentError(
                 f"border_weight needs labels that are instances, got {self.border_weight:g} and instances = false; "
@@ -192,11 +206,15 @@ class Recipe:
         return Scaling.of(self.normalisation, window=self.window, percentiles=self.percentiles)
 
     def network(self, *, dims: int, in_channels: int, n_classes: int) -> UNetSettings:
-        """Return the settings of the network to train; a sigmoid has no channel for the first class."""
+        """Return the settings of the network to train; a sigmoid has no channel for the first class.
+
+        For losses of values ``n_classes`` are the channels of the target.
+        """
         sigmoid = self.loss is Loss.BINARY_CROSS_ENTROPY
+        head = Head.LINEAR if self.loss.is_of_values else Head.SIGMOID if sigmoid else Head.SOFTMAX
         return UNetSettings(
             dims=dims, in_channels=in_channels, n_classes=n_classes - sigmoid,
-            head=Head.SIGMOID if sigmoid else Head.SOFTMAX, width=self.width or {2: 16, 3: 8}[dims],
+            head=head, width=self.width or {2: 16, 3: 8}[dims],
             depth=len(self.poolings) or self.depth, padding=self.padding, kernel=self.kernel, n_convs=self.n_convs,
             batch_norm=self.batch_norm, dropout=self.dropout, up=self.up, family=self.family, block=self.block,
             down=self.down, attention=self.attention, deep_supervision=self.deep_supervision, poolings=self.poolings,

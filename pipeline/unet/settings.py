@@ -52,10 +52,11 @@ class Upsampling(StrEnum):
 
 
 class Head(StrEnum):
-    """What turns logits into probabilities."""
+    """What turns logits into probabilities, or leaves them as they are."""
 
     SOFTMAX = "softmax"  # one of the classes per voxel
     SIGMOID = "sigmoid"  # each channel for itself; class 0 where none exceeds one half
+    LINEAR = "linear"  # nothing: there are no classes, the logits are values, such as intensities
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class UNetSettings:
     ----------
     dims : spatial axes, 2 or 3
     in_channels : channels of the image
-    n_classes : channels of the output
+    n_classes : channels of the output; of a linear head they are no classes
     width : channels of the first convolutions; doubled on each level
     depth : number of poolings; the stride is 2**depth, or less along an axis where ``poolings`` say so
     padding : of every convolution
@@ -150,7 +151,12 @@ class UNetSettings:
 
     @property
     def n_labels(self) -> int:
-        """Values that a segmented voxel may have: for a sigmoid head one more than channels, 0 for none of them."""
+        """Values that a segmented voxel may have: for a sigmoid head one more than channels, 0 for none of them.
+
+        None for a linear head.
+        """
+        if self.head is Head.LINEAR:
+            return 0
         return self.n_classes + (1 if self.head is Head.SIGMOID else 0)
 
     @property

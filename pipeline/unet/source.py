@@ -11,6 +11,7 @@ from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import Sliceable, read_mirrored
 from pipeline.store.scaling import Window
 from pipeline.unet.resampled import Steps, seen_region
+from pipeline.unet.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Source:
     region : where labels count, in the image's voxels
     borders : what is added to the weight of each voxel, shape (*spatial); None adds nothing
     steps : voxels of the image per voxel that the network sees, along every spatial axis; empty: as they are
+    target : what the image is to become; ``labels`` then only tell which of its voxels count
     """
 
     image: Sliceable
@@ -32,6 +34,7 @@ class Source:
     region: Box
     borders: Sliceable | None = None
     steps: Steps = ()
+    target: Target | None = None
 
     @property
     def seen(self) -> Box:

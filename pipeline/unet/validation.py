@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from pipeline.unet.course import Validation
 from pipeline.unet.losses import Objective
 from pipeline.unet.network import UNet, classes_of
 from pipeline.unet.patches import IGNORED, Patches
-from pipeline.unet.settings import closed_form_rule
-from pipeline.unet.warp import batch_of
+from pipeline.unet.settings import Head, closed_form_rule
+from pipeline.unet.source import Source
+from pipeline.unet.warp import Batch, batch_of
 
 MOST_VOXELS = 2**21  # five slices of 512 x 512: a tenth of the time of the 50 steps between two validations
 _LARGEST_CORE = {2: 512, 3: 96}
@@ -26,34 +29,81 @@ _LARGEST_CORE = {2: 512, 3: 96}
 def validate(
     network: UNet, patches: Patches, *, objective: Objective, device: str, step: int, train_loss: float
 ) -> Validation:
-    """Return loss and Dice over the regions of the patches; the network stays in eval mode.
+    """Return loss and Dice, or PSNR, over the regions of the patches; the network stays in eval mode.
 
     Raises
     ------
     ArgumentError : no voxel of the regions is labelled.
     """
     network.eval()
-    n, head = network.settings.n_labels, network.settings.head
+    tally: _Tally = _Errors() if network.settings.head is Head.LINEAR else _Overlaps(network)
     total, n_voxels = 0.0, 0
-    both, either = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     with torch.inference_mode():
-        for logits, classes, borders in _tiles(network, patches, device=device):
-            y = classes.cpu()
-            counted = y != IGNORED
+        for source, logits, batch in _tiles(network, patches, device=device):
+            counted = (batch.classes != IGNORED).cpu()
             if not bool(counted.any()):
                 continue
-            total += float(objective(logits, classes, borders)) * int(counted.sum())
+            total += float(objective(logits, batch.classes, batch.borders, batch.target)) * int(counted.sum())
             n_voxels += int(counted.sum())
-            got, want = classes_of(logits, head).cpu()[counted].long(), y[counted]
-            both += torch.bincount(want[got == want], minlength=n)
-            either += torch.bincount(got, minlength=n) + torch.bincount(want, minlength=n)
+            tally.add(source, logits, batch, counted)
     if not n_voxels:
         raise ArgumentError(
             "the part that is held out must have labelled voxels, got none in it; label some of it, or set another "
             "validation_fraction"
         )
-    dice = tuple(2 * b / e if e else None for b, e in zip(both.tolist(), either.tolist(), strict=True))
-    return Validation(step, train_loss, total / n_voxels, dice)
+    return Validation(step, train_loss, total / n_voxels, **tally.figures())
+
+
+class _Tally(Protocol):
+    """Adds up what is told besides the loss."""
+
+    def add(self, source: Source, logits: Tensor, batch: Batch, counted: Tensor) -> None:
+        """Take one core; ``counted`` are the voxels whose truth is known, on the CPU."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Return them by their names in ``Validation``."""
+        ...
+
+
+class _Overlaps:
+    """Dice of each class."""
+
+    def __init__(self, network: UNet) -> None:
+        self._head, self._n = network.settings.head, network.settings.n_labels
+        self._both, self._either = torch.zeros((2, self._n), dtype=torch.int64)
+
+    def add(self, source: Source, logits: Tensor, batch: Batch, counted: Tensor) -> None:
+        """Take one core."""
+        del source
+        got, want = classes_of(logits, self._head).cpu()[counted].long(), batch.classes.cpu()[counted]
+        self._both += torch.bincount(want[got == want], minlength=self._n)
+        self._either += torch.bincount(got, minlength=self._n) + torch.bincount(want, minlength=self._n)
+
+    def figures(self) -> dict[str, Any]:
+        """Return 2 (both) / (either) of each class; None where there is none of it."""
+        pairs = zip(self._both.tolist(), self._either.tolist(), strict=True)
+        return {"dice": tuple(2 * b / e if e else None for b, e in pairs)}
+
+
+class _Errors:
+    """Mean squared error in proportion to the span of the target's intensities."""
+
+    def __init__(self) -> None:
+        self._sum, self._n = 0.0, 0
+
+    def add(self, source: Source, logits: Tensor, batch: Batch, counted: Tensor) -> None:
+        """Take one core."""
+        assert source.target is not None
+        assert batch.target is not None
+        spans = torch.tensor(source.target.scaled_spans).reshape(1, -1, *(1,) * (logits.ndim - 2))
+        squares = ((logits - batch.target).cpu() / spans).double().square() * counted[:, None]
+        self._sum += float(squares.sum())
+        self._n += int(counted.sum()) * logits.shape[1]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the ratio in dB; None where nothing differs."""
+        return {"dice": (), "psnr": -10 * math.log10(self._sum / self._n) if self._sum else None}
 
 
 def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]:
@@ -67,8 +117,8 @@ def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]
     return [core.round_up(rule.stride).shift(start) for core in rule.cores(shape, largest)]
 
 
-def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield logits, classes and weights of the cores, of all of them or of as many as time allows, evenly spread."""
+def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Source, Tensor, Batch]]:
+    """Yield logits and truth of the cores, of all of them or of as many as time allows, evenly spread."""
     rule = closed_form_rule(network.settings)
     over = rule.over_slices() if len(patches.core) > rule.ndim else rule
     largest = (*(1,) * (over.ndim - rule.ndim), *(_LARGEST_CORE[rule.ndim],) * rule.ndim)
@@ -84,4 +134,4 @@ def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Te
         logits = network(batch.images)
         for axis, (trim, n) in enumerate(zip(rule.trim, core.shape[-rule.ndim :], strict=True), start=2):
             logits = logits.narrow(axis, trim, n)
-        yield logits, batch.classes, batch.borders
+        yield source, logits, batch

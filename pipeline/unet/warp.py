@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.unet.augment import Field, Grey
-from pipeline.unet.patches import Patch
+from pipeline.unet.patches import IGNORED, Patch
 
 _BLUR_REACH = 4.0
+_ALL_KNOWN = 1 - 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,35 +29,45 @@ class Batch:
     ----------
     images : float32 (batch, channels, *tile); classes: int64 (batch, *core)
     borders : float32 (batch, *core), what the labels add to each voxel's weight; None adds nothing
+    target : float32 (batch, channels, *core), what the images are to become; None where labels are learnt
     """
 
     images: Tensor
     classes: Tensor
     borders: Tensor | None
+    target: Tensor | None = None
 
 
 def batch_of(patches: list[Patch], *, device: str) -> Batch:
     """Return patches with their changes carried out."""
-    shown = [_shown(patch, device) for patch in patches]
-    borders = [border for _, _, border in shown if border is not None]
-    return Batch(
-        torch.stack([image for image, _, _ in shown]), torch.stack([classes for _, classes, _ in shown]),
-        torch.stack(borders) if borders else None,
-    )  # fmt: skip
+    images, classes, borders, targets = zip(*(_shown(patch, device) for patch in patches), strict=True)
+    return Batch(torch.stack(images), torch.stack(classes), _stacked(borders), _stacked(targets))
 
 
-def _shown(patch: Patch, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return image, classes and border weights of one patch."""
+def _stacked(each: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Return what all patches have, or none of them."""
+    there = [tensor for tensor in each if tensor is not None]
+    return torch.stack(there) if there else None
+
+
+def _shown(patch: Patch, device: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return image, classes, border weights and target of one patch."""
     image, classes = torch.from_numpy(patch.image).to(device), torch.from_numpy(patch.classes).to(device)
-    borders = None if patch.borders is None else torch.from_numpy(patch.borders).to(device)
+    borders, target = (
+        None if each is None else torch.from_numpy(each).to(device) for each in (patch.borders, patch.target)
+    )
     if patch.change is None:
-        return image, classes, borders
+        return image, classes, borders, target
     if (field := patch.change.field) is not None:
         image = linear(image, positions(field, patch.tile, device=device))
         at = positions(field, patch.core, device=device)
-        classes = nearest(classes, at)
+        if target is None:
+            classes = nearest(classes, at)
+        else:  # a value between voxels is known where all of them are
+            known = linear((classes != IGNORED).float()[None], at)[0] > _ALL_KNOWN
+            target, classes = linear(target, at), torch.where(known, 0, IGNORED)
         borders = None if borders is None else linear(borders[None], at)[0]
-    return shaded(image, patch.change.grey), classes, borders
+    return shaded(image, patch.change.grey), classes, borders, target
 
 
 def positions(field: Field, shape: tuple[int, ...], *, device: str = "cpu") -> Tensor:

@@ -1,0 +1,132 @@
+"""Truths: what images are to be learnt with, their labels or the target images that are to be made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import ArgumentError, StoreError
+from pipeline.geometry.grid import BlockGrid
+from pipeline.store.image import Image, open_image
+from pipeline.store.labels import Labels, label_location, open_labels
+from pipeline.unet.recipe import Recipe
+from pipeline.unet.resampled import about_as_large
+from pipeline.unet.settings import LARGEST_CLASS
+from pipeline.unet.targets import common_windows
+
+INSTANCE_CLASSES = ("background", "object")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What a network is to make of images.
+
+    Attributes
+    ----------
+    volumes : of each image its labels or its target
+    n_outputs : classes, or channels of the targets
+    classes, class_values : names and label values of the classes, ascending; none of targets
+    windows, input_windows : (offset, scale) of each channel of the targets, and of their images; none of labels
+    """
+
+    volumes: tuple[Labels | Image, ...]
+    n_outputs: int
+    classes: tuple[str, ...] = ()
+    class_values: tuple[int, ...] = ()
+    windows: tuple[tuple[float, float], ...] = ()
+    input_windows: tuple[tuple[float, float], ...] = ()
+
+
+def of_labels(images: list[Image], name: str, *, recipe: Recipe) -> Truth:
+    """Return the label volume of this name of every image."""
+    volumes = [open_labels(label_location(image.location, name)) for image in images]
+    _check_shapes(images, volumes)
+    values = _class_values(volumes, recipe=recipe)
+    if recipe.classes and len(recipe.classes) != len(values):
+        raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
+    names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(volumes[0], value) for value in values)
+    return Truth(tuple(volumes), len(values), recipe.classes or names, values)
+
+
+def of_targets(images: list[Image], paths: Sequence[str], *, n_learnt: int) -> Truth:
+    """Return the target of every image; both are normalised alike everywhere, by those that are learnt from.
+
+    An image that is brighter than another is to be made brighter: its own statistics would hide that.
+    """
+    volumes = [open_image(path) for path in paths]
+    check_alike(volumes, resampled=True)  # their voxels are those of their images
+    _check_shapes(images, volumes)
+    windows, seen = (
+        common_windows([each.statistics for each in kind[:n_learnt]]) for kind in (volumes, images)
+    )  # fmt: skip
+    return Truth(tuple(volumes), volumes[0].n_channels, windows=windows, input_windows=seen)
+
+
+def check_asked(recipe: Recipe, *, labels: str | None, targets: Sequence[str], n_images: int) -> None:
+    """Refuse what is not one kind of truth, or not the one that the loss compares with."""
+    if bool(labels) == bool(targets):
+        raise ArgumentError("a network learns labels or target images, got both or neither; give one of them")
+    if recipe.loss.is_of_values != bool(targets):
+        got = "target images; set l1 in the recipe" if targets else "labels; give target images, or set another loss"
+        raise ArgumentError(f"losses l1 and l2 learn target images, the others labels, got {recipe.loss} and {got}")
+    if targets and len(targets) != n_images:
+        raise ArgumentError(
+            f"each image needs its target, in the same order, those of images held out last, got {len(targets)} for "
+            f"{n_images} images; name one for each"
+        )
+
+
+def _check_shapes(images: list[Image], truths: Sequence[Labels | Image]) -> None:
+    """Refuse truths of other shapes than their images."""
+    for image, truth in zip(images, truths, strict=True):
+        if truth.spatial_shape != image.spatial_shape:
+            kind = "labels" if isinstance(truth, Labels) else "a target"
+            raise StoreError(
+                f"{kind} must have the image's shape {image.spatial_shape}, got {truth.spatial_shape} at "
+                f"{truth.location}; ingest them again"
+            )
+
+
+def check_alike(images: list[Image], *, resampled: bool) -> None:
+    """Refuse images that one network cannot learn from together."""
+    first = images[0]
+    for other in images[1:]:
+        if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):
+            raise ArgumentError(
+                f"images must have the same channels and axes, got {first.n_channels} x {first.spatial_shape} and "
+                f"{other.n_channels} x {other.spatial_shape} in {other.location}; train one model for each kind"
+            )
+        sizes = first.voxel_size_um, other.voxel_size_um
+        if not resampled and sizes[0] and sizes[1] and not about_as_large(sizes[0], sizes[1]):
+            raise ArgumentError(
+                f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
+                f"in {other.location}; set voxel_size_um in the recipe to what the network is to see of all"
+            )
+
+
+def _class_values(truths: list[Labels], *, recipe: Recipe) -> tuple[int, ...]:
+    """Return all label values but the ignored one, ascending, found block by block; of instances, 0 and 1."""
+    values: set[int] = set()
+    for truth in truths:
+        if np.dtype(truth.dtype).kind not in "iub":
+            raise StoreError(f"labels must be integers, got {truth.dtype} at {truth.location}; convert them")
+        array = truth.array
+        for block in BlockGrid(truth.spatial_shape, truth.layout.shard):
+            found = set(np.unique(np.asarray(array[block.core.slices])).tolist()) - {recipe.ignore}
+            values |= {int(value != 0) for value in found} if recipe.instances else found
+            if len(values) > LARGEST_CLASS:
+                raise ArgumentError(
+                    f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they "
+                    "are instances, set instances = true in the recipe or make classes of them, such as boundary and "
+                    "interior"
+                )
+    if len(values) < 2:
+        raise ArgumentError(f"labels must have at least 2 different values, got {sorted(values)}; label another class")
+    return tuple(sorted(values))
+
+
+def _class_name(truth: Labels, value: int) -> str:
+    """Return what the labels call a value, where they were made by a model; else the value itself."""
+    return truth.classes[value] if value < len(truth.classes) else f"class {value}"
