@@ -90,8 +90,8 @@ class Table:
         rank = {"failed": 0, "blocked": 1, "running": 2, "published": 3}
         ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 4), each.scan.relative))
         for each in ordered[:_SHOWN]:
-            labels = Location(each.scan.image) / "labels" / self._archive.name
-            beside = str(labels).removeprefix(f"{Location(self._archive.root).absolute()}/")
+            made = Location(each.scan.image) / self.found.folder / self._archive.name
+            beside = str(made).removeprefix(f"{Location(self._archive.root).absolute()}/")
             state = f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state
             yield (
                 plain(each.scan.relative), state,

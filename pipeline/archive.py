@@ -15,14 +15,15 @@ from time import time
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError, PipelineError, ScanError
 from pipeline.listing import changed_s, pattern_of, walk
-from pipeline.plan import fingerprint
+from pipeline.provenance import fingerprint
 from pipeline.scans.identity import stamps
 from pipeline.scans.registry import format_of
 from pipeline.segment import image_beside
 from pipeline.store.image import read_image
-from pipeline.store.labels import check_name, published, read_labels
+from pipeline.store.labels import check_name
 from pipeline.store.lease import holder
 from pipeline.store.location import Entry, Location
+from pipeline.store.results import is_published, read_result
 from pipeline.unet.model import load_model
 
 _OURS = (".lease", ".haloseg.zarr", ".partial")
@@ -31,7 +32,7 @@ _OURS = (".lease", ".haloseg.zarr", ".partial")
 class State(StrEnum):
     """What has become of a scan."""
 
-    DONE = "done"  # labels of this scan by this model are published
+    DONE = "done"  # what this model makes of this scan is published
     NEW = "new"
     UNFINISHED = "unfinished"  # an earlier run has begun; its work is kept
     GROWING = "growing"  # it was changed just now: whoever copies it may not be done
@@ -103,11 +104,13 @@ class Survey:
     scans : those to be done first, first
     others : names of the files that are no scans of a kind that can be read
     model_sha256 : of the model that the states are about
+    folder : of an image, in which results of this model lie: labels or predictions
     """
 
     scans: tuple[Scan, ...]
     others: tuple[str, ...]
     model_sha256: str
+    folder: str = "labels"
 
     @property
     def todo(self) -> tuple[Scan, ...]:
@@ -126,13 +129,13 @@ def survey(archive: Archive) -> Survey:
     root = Location(archive.root).absolute()
     if not root.exists():
         raise ArgumentError(f"an archive must be a folder or prefix that exists, got {archive.root}; mend the path")
-    model_sha256 = load_model(archive.model).digest
+    model = load_model(archive.model)
     scans, others = _listed(archive, root)
     found = sorted(
-        (judge(scan, archive, model_sha256=model_sha256) for scan in scans),
+        (judge(scan, archive, model_sha256=model.digest) for scan in scans),
         key=lambda scan: (_rank(scan.relative, archive.priority), scan.changed_s, scan.relative),
     )
-    return Survey(tuple(found), tuple(others), model_sha256)
+    return Survey(tuple(found), tuple(others), model.digest, "labels" if model.classes else "predictions")
 
 
 def judge(scan: Scan, archive: Archive, *, model_sha256: str) -> Scan:
@@ -214,12 +217,13 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
         detail = f"the scan was changed after its image was made; delete {location} to do it again"
         return replace(scan, state=State.BLOCKED, detail=detail)
     if image is not None and image.statistics:
-        labels = read_labels(location / "labels" / archive.name)
+        made = read_result(location, archive.name)
         now = fingerprint(image, model_sha256, Precision.FLOAT32)
-        if labels is not None and labels.fingerprint != now:
-            detail = f"labels {archive.name} are of another model; choose another name or delete {labels.location}"
+        if made is not None and made.fingerprint != now:
+            kind = made.location.parent.name
+            detail = f"{kind} {archive.name} are of another model; choose another name or delete {made.location}"
             return replace(scan, state=State.BLOCKED, detail=detail)
-        if labels is not None and archive.name in published(location / "labels"):
+        if made is not None and is_published(made):
             return replace(scan, state=State.DONE, n_voxels=prod(image.spatial_shape))
     if by := holder(location):
         return replace(scan, state=State.TAKEN, detail=by)

@@ -13,7 +13,7 @@ import tifffile
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.errors import ArgumentError
+from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location
 from pipeline.unet.model import load_model
 from pipeline.unet.rdf import packaged
@@ -40,8 +40,11 @@ def export_bioimageio(
     name = name or re.sub(r"[^A-Za-z0-9_\- ()+]", "-", f"haloseg {stem}")
     if not re.fullmatch(r"[A-Za-z0-9_\- ()+]{5,128}", name):
         raise ArgumentError(f"a name must be 5 to 128 letters, digits, blanks or _-()+, got {name}; give --name")
+    network = load_model(model)
+    if network.target_windows:
+        raise ModelError(f"a package must be of a network with classes, got a linear head in {model}; segment with it")
     package = packaged(
-        load_model(model), name=name, authors=authors or ("unknown",), licence=licence, npy=_npy, tiff=_tiff
+        network, name=name, authors=authors or ("unknown",), licence=licence, npy=_npy, tiff=_tiff
     )
     text = yaml.safe_dump(package.description, sort_keys=False, allow_unicode=True)
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Info: what lies at a path, a scan, an image or labels."""
+"""Info: what lies at a path, a scan, an image, labels or a prediction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pipeline.scans.backend import open_scan
 from pipeline.store.image import Image, read_image
 from pipeline.store.labels import Labels, published, read_labels
 from pipeline.store.location import Location
+from pipeline.store.predictions import Prediction, published_predictions, read_prediction
+from pipeline.store.results import is_published
 
 
 def info(path: str) -> dict[str, Any]:
@@ -22,6 +24,8 @@ def info(path: str) -> dict[str, Any]:
         return _image(image)
     if (labels := read_labels(location)) is not None:
         return _labels(labels)
+    if (prediction := read_prediction(location)) is not None:
+        return _prediction(prediction)
     scan = open_scan(path)
     size = scan.attrs.get("voxel_size_um")
     return {
@@ -37,6 +41,7 @@ def _image(image: Image) -> dict[str, Any]:
         "voxel_size_um": list(image.voxel_size_um) if image.voxel_size_um else None,
         "chunk": list(image.layout.chunk), "shard": list(image.layout.shard),
         "scan": image.scan.get("name"), "labels": published(image.location / "labels"),
+        "predictions": published_predictions(image.location / "predictions"),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in image.levels],
         "statistics": [each.to_json() for each in image.statistics],
     }  # fmt: skip
@@ -51,4 +56,16 @@ def _labels(labels: Labels) -> dict[str, Any]:
         "chunk": list(labels.layout.chunk), "shard": list(labels.layout.shard),
         "made_by": made.get("made_by"), "model": made.get("model"),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in labels.levels],
+    }  # fmt: skip
+
+
+def _prediction(prediction: Prediction) -> dict[str, Any]:
+    made = prediction.provenance or {}
+    return {
+        "path": str(prediction.location), "kind": "prediction", "complete": is_published(prediction),
+        "axes": f"c{prediction.axes}", "shape": [prediction.n_channels, *prediction.spatial_shape],
+        "dtype": prediction.dtype,
+        "chunk": list(prediction.layout.chunk), "shard": list(prediction.layout.shard),
+        "made_by": made.get("made_by"), "model": made.get("model"),
+        "levels": [{"path": level.path, "shape": list(level.shape)} for level in prediction.levels],
     }  # fmt: skip

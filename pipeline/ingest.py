@@ -21,9 +21,10 @@ from pipeline.scans.backend import open_scan
 from pipeline.scans.identity import identity
 from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
-from pipeline.store.labels import Labels, check_same_run, create_labels, label_location, publish, read_labels
+from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.pyramid import Downsampling
+from pipeline.store.results import check_same_result
 from pipeline.store.statistics import Histogram, merge
 
 _HISTOGRAMS = ".histograms"
@@ -118,7 +119,7 @@ def ingest_labels(
         target, of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
         identity(scan, array), provenance={"made_by": "haloseg ingest"},
     )  # fmt: skip
-    check_same_run(labels)
+    check_same_result(labels)
     with _undone_by_bad_input(target, when=read_labels(target) is None), storage_errors(target):
         create_labels(of, labels)
         grid = BlockGrid(of.spatial_shape, of.layout.shard)

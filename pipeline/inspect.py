@@ -21,7 +21,7 @@ def inspect(path: str) -> dict[str, Any]:
     """
     model = load_model(path)
     network = build(model, device="cpu")
-    why = why_not_streamed(model.settings)
+    why, windows = why_not_streamed(model.settings), model.target_windows
     rule = measured_again(network) if isinstance(network, ForeignNetwork) else measured_rule(model.unet)
     tiles = [rule.tile_shape(tuple(s * k for s in rule.stride)) for k in _cores(model)]
     return {
@@ -29,6 +29,8 @@ def inspect(path: str) -> dict[str, Any]:
         "network": model.settings.to_json(), "classes": list(model.classes),
         "class_values": list(model.class_values), "parameters": _n_parameters(model),
         "normalisation": model.normalisation.value, "limits": [list(pair) for pair in model.limits],
+        "makes": "labels" if model.classes else "a prediction",
+        **({"target_channels": [{"mean": mean, "std": 1 / scale} for mean, scale in windows]} if windows else {}),
         "voxel_size_um": list(model.voxel_size_um) if model.voxel_size_um else None,
         "stride_shape": list(rule.stride), "halo_shape": list(rule.halo), "trim_shape": list(rule.trim),
         "rule_as_recorded": rule == model.rule, "tile_examples": [list(t) for t in tiles], "training": model.training,

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import product
 from math import prod
-from typing import Any
 
 from pipeline.config import EngineName, Precision, Scheme
 from pipeline.errors import ArgumentError, BudgetError, ModelError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.tiles import TileRule
+from pipeline.provenance import result_of
 from pipeline.store.arrays import done_shards
 from pipeline.store.image import Image, open_image
-from pipeline.store.labels import Labels, check_same_run, label_location, same_layout
+from pipeline.store.labels import Labels, same_layout
 from pipeline.store.location import Location
 from pipeline.store.probabilities import Probabilities, check_same_probabilities
+from pipeline.store.results import Result, check_same_result
 from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.families import why_not_streamed
 from pipeline.unet.foreign import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
-from pipeline.unet.settings import UNetSettings
+from pipeline.unet.settings import Head, UNetSettings
 from pipeline.voxel_size import warn_of_voxel_size
 from pipeline.works.blocks import Outputs, SegmentBlocks
 from pipeline.works.columns import SegmentColumns
@@ -43,6 +41,7 @@ class Plan:
 
     Attributes
     ----------
+    result : the volume that is made: labels, or what a network without classes predicts
     rule : the network's rule over the image's spatial axes
     grid : one block per shard of the label volume
     columns : how the scan is streamed; None where it is run by overlapping tiles
@@ -58,7 +57,7 @@ class Plan:
     image: Image
     model: Model
     model_path: str
-    labels: Labels
+    result: Result
     probabilities: Probabilities | None
     rule: TileRule
     grid: BlockGrid
@@ -75,18 +74,25 @@ class Plan:
     bytes_read: int
     bytes_written: int
 
+    @property
+    def labels(self) -> Labels:
+        """The result of a network that has classes."""
+        assert isinstance(self.result, Labels)
+        return self.result
+
     def done(self) -> set[int]:
         """Return the blocks whose every output exists, as the stores say now."""
-        done = done_shards(self.labels.location / "0", self.grid)
+        done = done_shards(self.result.location / "0", self.grid)
         likely = self.probabilities
         return done & done_shards(likely.location / "0", self.grid) if likely else done
 
     def work(self, *, blocks: tuple[int, ...] | None = None) -> SegmentColumns | SegmentBlocks:
         """Return the work of the run; ``blocks`` are shards of a column along each axis, other than planned."""
-        likely = self.probabilities
+        has_classes, likely = isinstance(self.result, Labels), self.probabilities
+        result, probabilities = self.result.location / "0", likely.location / "0" if likely else None
         outputs = Outputs(
-            self.image.location, self.model_path, self.model.digest, self.labels.location / "0",
-            likely.location / "0" if likely else None, self.grid, self.device, self.engine, self.precision,
+            self.image.location, self.model_path, self.model.digest, result if has_classes else None,
+            probabilities if has_classes else result, self.grid, self.device, self.engine, self.precision,
         )  # fmt: skip
         if self.columns is None:
             return SegmentBlocks(outputs, self.tile_shape)
@@ -118,24 +124,20 @@ def plan_segment(
     rule = _over(network, slices)
     layout = same_layout(of, rule.stride)
     grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
-    labels = Labels(
-        label_location(of.location, name), of.axes.removeprefix("c"), "uint8", layout, of.levels,
-        fingerprint(of, network.digest, scheme.precision), network.classes, network.class_values,
-        _provenance(of, network, model, scheme),
-    )  # fmt: skip
-    check_same_run(labels)
-    n_likely = network.settings.n_classes if probabilities else 0
-    likely = _probabilities(labels, of, n_outputs=n_likely) if probabilities else None
+    result = result_of(of, network, model, name=name, layout=layout, scheme=scheme)
+    check_same_result(result)
+    likely = _probabilities(result, of, n_outputs=network.settings.n_classes) if probabilities else None
+    output_bytes = _output_bytes(network, probabilities=probabilities)
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
         raise ArgumentError(f"a streamed network must be a plain U-Net, got {why}; leave --slab, --column out")
     how = _tiled if scheme.tiled or why else _streamed
-    columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, 1 + 4 * n_likely)
+    columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
     return Plan(
-        of, network, model, labels, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
+        of, network, model, result, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
         scheme.precision, n_units, peak, scheme.budget_bytes, multiply_adds,
         multiply_adds / bare_multiply_adds(network.settings, of.spatial_shape),
-        read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * (1 + 4 * n_likely),
+        read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
     )  # fmt: skip
 
 
@@ -181,9 +183,17 @@ def _tiled(
     return None, tile, n_tiles, buffers + activations, multiply_adds, read
 
 
-def _probabilities(labels: Labels, image: Image, *, n_outputs: int) -> Probabilities:
-    location = image.location / "probabilities" / labels.location.name
-    planned = Probabilities(location, labels.layout, n_outputs, labels.fingerprint)
+def _output_bytes(model: Model, *, probabilities: bool) -> int:
+    """Return the bytes of a voxel's class, and of its probabilities or values."""
+    linear = model.settings.head is Head.LINEAR
+    return (0 if linear else 1) + (4 * model.settings.n_classes if linear or probabilities else 0)
+
+
+def _probabilities(result: Result, image: Image, *, n_outputs: int) -> Probabilities:
+    if not isinstance(result, Labels):
+        raise ArgumentError("probabilities need a network with classes, got a linear head; leave --probabilities out")
+    location = image.location / "probabilities" / result.location.name
+    planned = Probabilities(location, result.layout, n_outputs, result.fingerprint)
     check_same_probabilities(planned)
     return planned
 
@@ -266,22 +276,3 @@ def _counts(
         for kinds in product(*(sizes.items() for sizes in axes[slices:]))
     )
     return prod(sizes.total() for sizes in axes), multiply_adds, read
-
-
-def fingerprint(image: Image, model_sha256: str, precision: Precision) -> dict[str, Any]:
-    """Return what must be the same for two runs to be one: labels that have it are of this image and this model."""
-    content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"image": digest, "model": model_sha256, "precision": precision.value}
-
-
-def _provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:
-    """Return who made the labels from what; nothing that differs between two runs of the same command."""
-    return {
-        "made_by": "haloseg segment", "scan": image.scan,
-        "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
-        "network": model.settings.to_json(), "normalisation": model.normalisation.value, "limits": model.limits,
-        "engine": scheme.taken.value, "precision": scheme.precision.value,
-        "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
-        "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
-    }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Segment: an image and a model become a label volume, block by block; what an earlier, killed run has done is kept."""
+"""Segment: an image and a model become a label volume, or what a network without classes predicts, block by block.
+
+What an earlier, killed run has done is kept.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from pipeline.plan import USUAL, Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
 from pipeline.scans.identity import identity
 from pipeline.store.image import read_image
-from pipeline.store.labels import Labels, check_name, create_labels, publish, published, read_labels
+from pipeline.store.labels import Labels, check_name
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.probabilities import create_probabilities, publish_probabilities
-from pipeline.store.pyramid import Downsampling
+from pipeline.store.results import Result, create_result, downsampling, is_published, publish_result, read_result
 from pipeline.unet.model import load_model
 from pipeline.verify import certify
 
@@ -34,7 +37,7 @@ class Segmented:
     ``n_run`` blocks of ``n_voxels_run`` voxels were done now, the others by an earlier run.
     """
 
-    labels: Labels
+    result: Result
     n_voxels: int
     n_blocks: int
     n_run: int
@@ -47,6 +50,12 @@ class Segmented:
     write_s: float
     peak_rss_bytes: int
     certificate: dict[str, Any] | None
+
+    @property
+    def labels(self) -> Labels:
+        """The result of a network that has classes."""
+        assert isinstance(self.result, Labels)
+        return self.result
 
     @property
     def voxels_per_s(self) -> float:
@@ -88,24 +97,24 @@ class _Tally:
 
 
 def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmented:
-    """Make the label volume of a plan: whole, with its pyramid, and listed in the image once it is complete.
+    """Make the volume of a plan: whole, with its pyramid, and listed in the image once it is complete.
 
     Raises
     ------
     QuarantineError : some blocks failed again and again; all others are done, and the same call does those alone.
     StorageError : the disk is full; the same call goes on from what is done.
     """
-    begin, labels, likely = perf_counter(), plan.labels, plan.probabilities
+    begin, result, likely = perf_counter(), plan.result, plan.probabilities
     tally = _Tally(watch)
-    with storage_errors(labels.location):
+    with storage_errors(result.location):
         if likely:
             create_probabilities(plan.image, likely)
-        create_labels(plan.image, labels)
+        create_result(plan.image, result)
         done = plan.done()
         watch.begin("segment", n_blocks=len(plan.grid), n_done=len(done))
         failed = _run(plan, done, run=run, tally=tally) if len(done) < len(plan.grid) else ()
         failed = failed or build_levels(
-            labels.location, labels.levels, layout=labels.layout, how=Downsampling.MODE, run=run, watch=watch
+            result.location, result.levels, layout=result.layout, how=downsampling(result), run=run, watch=watch
         )
         if failed:
             which = ", ".join(str(each.index) for each in failed[:10])
@@ -119,20 +128,20 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
         certificate = _published(plan, run=run, watch=watch)
     n_voxels, n_kept = prod(plan.grid.shape), sum(plan.grid.block(index).core.n_voxels for index in done)
     return Segmented(
-        labels, n_voxels, len(plan.grid), len(plan.grid) - len(done), n_voxels - n_kept, tally.n_voxels_read,
+        result, n_voxels, len(plan.grid), len(plan.grid) - len(done), n_voxels - n_kept, tally.n_voxels_read,
         perf_counter() - begin, tally.read_s, tally.wait_s, tally.compute_s, tally.write_s, tally.peak_rss_bytes,
         certificate,
     )  # fmt: skip
 
 
 def _published(plan: Plan, *, run: RunBlocks, watch: Watcher) -> dict[str, Any] | None:
-    """Publish complete labels with a certificate of how exact they are, which is made once; returns it."""
-    there = read_labels(plan.labels.location)
-    if there is not None and plan.labels.location.name in published(plan.labels.location.parent):
+    """Publish a complete volume with a certificate of how exact it is, which is made once; returns it."""
+    there = read_result(plan.image.location, plan.result.location.name)
+    if there is not None and is_published(there):
         return there.certificate
     certificate = certify(plan, run=run, watch=watch)
     document = certificate.to_json() if certificate else None
-    publish(plan.image, replace(plan.labels, certificate=document))
+    publish_result(plan.image, replace(plan.result, certificate=document))
     return document
 
 

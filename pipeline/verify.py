@@ -1,21 +1,20 @@
-"""Verify: sampled boxes of a label volume are computed again by the reference, and the difference is told."""
+"""Verify: sampled boxes of a result are computed again by the reference, and the difference is told."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any
 
+from pipeline.certificate import Certificate, ValueCertificate
 from pipeline.compute.runner import BlockRecord, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import EngineName, Precision, Scheme
 from pipeline.errors import BudgetError, ModelError, RunError
 from pipeline.plan import Plan, plan_segment
-from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
+from pipeline.store.results import open_result
 from pipeline.unet.cost import tile_multiply_adds
 from pipeline.unet.memory import choose_tile
-from pipeline.works.certify import TOLERANCE, Certified, CertifyBoxes, sample_boxes
+from pipeline.works.certify import TOLERANCE, Certified, CertifiedValues, CertifyBoxes, sample_boxes
 
 log = logging.getLogger("haloseg")
 
@@ -24,46 +23,13 @@ LARGEST_SHARE = 0.05
 _LARGEST = {2: 128, 3: 32}
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """How far the labels are from the reference: one float32 pass of the network as written, over a larger window.
-
-    Attributes
-    ----------
-    engine, precision : what made the labels
-    n_boxes, n_voxels : that were computed again: at the scan's first corner, then at its last, then by chance
-    max_difference : of the probabilities, in two digits
-    n_flipped : voxels of another class
-    n_flipped_decided : of them those where the reference's best two are further apart than rounding, 2e-5
-    """
-
-    engine: str
-    precision: str
-    n_boxes: int
-    n_voxels: int
-    max_difference: float
-    n_flipped: int
-    n_flipped_decided: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the certificate as a JSON object."""
-        return asdict(self)
-
-    @property
-    def line(self) -> str:
-        """The certificate in one line."""
-        return (
-            f"{self.n_voxels:,} voxels of {self.n_boxes} boxes computed again by the reference: probabilities differ "
-            f"by at most {self.max_difference:.2g}, {self.n_flipped:,} classes differ, {self.n_flipped_decided:,} of "
-            "them beyond rounding"
-        )
-
-
 def verify(
     image: str, *, name: str, run: RunBlocks, model: str | None = None, n_boxes: int = 16, seed: int = 1,
     scheme: Scheme | None = None, watch: Watcher = UNWATCHED,
-) -> Certificate:
-    """Compute boxes of the label volume ``image/labels/name`` again, with the engine that made it and the reference.
+) -> Certificate | ValueCertificate:
+    """Compute boxes of ``image/labels/name`` again, with the engine that made it and the reference.
+
+    Of a prediction, ``image/predictions/name``, the stored values themselves are compared with the reference.
 
     Parameters
     ----------
@@ -72,13 +38,13 @@ def verify(
 
     Raises
     ------
-    StoreError : there are no complete labels, or they were made by another model.
+    StoreError : there is no complete volume of this name, or it was made by another model.
     """
-    labels = open_labels(Location(image) / "labels" / name)
-    made = labels.provenance or {}
+    result = open_result(Location(image), name)
+    made = result.provenance or {}
     path = model or made.get("model_path")
     if not path:
-        raise ModelError(f"labels must tell their model to be verified, got none in {labels.location}; give --model")
+        raise ModelError(f"labels must tell their model to be verified, got none in {result.location}; give --model")
     usual = scheme or Scheme()
     scheme = Scheme(
         engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
@@ -93,8 +59,8 @@ def verify(
 
 def certify(
     plan: Plan, *, run: RunBlocks, n_boxes: int | None = None, seed: int = 0, watch: Watcher = UNWATCHED
-) -> Certificate | None:
-    """Return how far the labels of a plan are from the reference; None where the budget is too small for it.
+) -> Certificate | ValueCertificate | None:
+    """Return how far the result of a plan is from the reference; None where the budget is too small for it.
 
     Parameters
     ----------
@@ -111,11 +77,13 @@ def certify(
     boxes = sample_boxes(
         plan.grid.shape, largest=(1,) * slices + largest, stride=plan.rule.stride, n=n_boxes or n_affordable, seed=seed
     )
-    found: list[Certified] = []
+    found, values = list[Certified](), list[CertifiedValues]()
 
     def on_record(record: BlockRecord) -> None:
         if isinstance(record, Certified):
             found.append(record)
+        elif isinstance(record, CertifiedValues):
+            values.append(record)
         watch.advance(record)
 
     watch.begin("certify", n_blocks=len(boxes), n_done=0)
@@ -125,15 +93,32 @@ def certify(
             f"every sampled box must be computed again, got {len(failed)} that failed, the first with: "
             f"{failed[0].cause}; mend the cause and run the same command again"
         )
-    largest_difference = max(each.max_difference for each in found)
-    certificate = Certificate(
-        plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
-        float(f"{largest_difference:.1e}"), sum(each.n_flipped for each in found),
-        sum(each.n_flipped_decided for each in found),
-    )  # fmt: skip
-    if plan.precision is Precision.FLOAT32 and largest_difference > TOLERANCE:
+    certificate = _of_values(plan, values) if values else _of_labels(plan, found)
+    if plan.precision is Precision.FLOAT32 and not certificate.is_rounding:
         log.warning("float32 must differ from the reference by at most %.0e: %s", TOLERANCE, certificate.line)
     return certificate
+
+
+def _of_labels(plan: Plan, found: list[Certified]) -> Certificate:
+    """Return what all boxes of labels came to."""
+    return Certificate(
+        plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
+        _two_digits(max(each.max_difference for each in found)), sum(each.n_flipped for each in found),
+        sum(each.n_flipped_decided for each in found),
+    )  # fmt: skip
+
+
+def _of_values(plan: Plan, found: list[CertifiedValues]) -> ValueCertificate:
+    """Return what all boxes of a prediction came to."""
+    return ValueCertificate(
+        plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
+        _two_digits(max(each.max_difference for each in found)),
+        _two_digits(max(each.max_difference_std for each in found)), sum(each.n_beyond for each in found),
+    )  # fmt: skip
+
+
+def _two_digits(number: float) -> float:
+    return float(f"{number:.1e}")
 
 
 def _affordable(plan: Plan) -> tuple[tuple[int, ...], int]:

@@ -57,7 +57,7 @@ def whole_scan(voxels, model_path, statistics):
     if voxels.ndim - 1 > model.settings.dims:
         slices = [whole_scan(voxels[:, z], model_path, statistics) for z in range(voxels.shape[1])]
         return np.stack(slices, axis=1)
-    windows = model.scaling.windows(statistics, dtype=str(voxels.dtype))
+    windows = model.windows(statistics, dtype=str(voxels.dtype))
     seen = [np.clip((c.astype(np.float64) - o) * s, *ends) for c, (o, s, *ends) in zip(voxels, windows, strict=True)]
     scaled = np.stack(seen)
     rule = model.rule

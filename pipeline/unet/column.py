@@ -1,4 +1,4 @@
-"""ColumnPredictor: the classes of a column, rows as they come, as one pass over the whole scan would give them."""
+"""ColumnPredictor: a column's classes or values, rows as they come, as one pass over the whole scan would give them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.unet.engine import Engine
-from pipeline.unet.network import classes_of, probabilities_of
-from pipeline.unet.numbers import Windows, exactly, normalised, widened
+from pipeline.unet.numbers import Pairs, Windows, exactly, normalised
+from pipeline.unet.readout import Readout
 from pipeline.unet.streaming import Stream
 
 
@@ -31,13 +31,13 @@ class Rows:
     Attributes
     ----------
     box : where in the scan
-    classes : uint8, shape ``box.shape``
-    probabilities : float32, shape (n_classes, *box.shape), where they were asked for
+    classes : uint8, shape ``box.shape``; None for a linear head
+    reals : float32, shape (n_classes, *box.shape): probabilities where they were asked for, values of a linear head
     """
 
     box: Box
-    classes: NDArray[np.uint8]
-    probabilities: NDArray[np.float32] | None
+    classes: NDArray[np.uint8] | None
+    reals: NDArray[np.float32] | None
 
 
 class ColumnPredictor:
@@ -48,15 +48,19 @@ class ColumnPredictor:
     engine : its first axis is the streamed one
     windows : of each channel; the network sees ``(intensity - offset) * scale`` within its limits, in float32
     slab : rows that enter at once
+    target_windows : of a linear head, as the model has them
     """
 
-    def __init__(self, engine: Engine, *, windows: Windows, slab: int, precision: Precision) -> None:
+    def __init__(
+        self, engine: Engine, *, windows: Windows, slab: int, precision: Precision, target_windows: Pairs = ()
+    ) -> None:
         settings = engine.settings
         if len(windows) != settings.in_channels:
             raise ArgumentError(
                 f"a predictor needs {settings.in_channels} windows, got {windows}; give the model's own"
             )
         self.engine, self.windows, self.slab, self.precision = engine, windows, slab, precision
+        self.readout = Readout(settings.head, target_windows)
 
     def stream(self, core: Box) -> tuple[Stream, list[Box]]:
         """Return the stream for a core of the scan, and the boxes that must be read for it, in order.
@@ -89,7 +93,8 @@ class ColumnPredictor:
         """
         slices = core.ndim - self.engine.dims
         axis = slices + self.engine.order[0]
-        head = self.engine.settings.head
+        readout = self.readout
+        with_reals = probabilities or not readout.has_classes
         outputs = stream.run(
             core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), slices),
             n_batch=core.shape[0] if slices else 1,
@@ -100,13 +105,14 @@ class ColumnPredictor:
                     row, logits = next(outputs, (0, None))
                     if logits is None:
                         return
-                    classes = self._leaving(classes_of(logits, head)[:, None], slices)[0]
-                    likely = self._leaving(probabilities_of(widened(logits), head), slices) if probabilities else None
+                    best = readout.classes(logits)[:, None] if readout.has_classes else None
+                    classes = None if best is None else self._leaving(best, slices)[0]
+                    reals = self._leaving(readout.reals(logits), slices) if with_reals else None
             except torch.OutOfMemoryError as error:
                 raise DeviceFullError from error
             start, stop = list(core.start), list(core.stop)
             start[axis], stop[axis] = row, row + logits.shape[2]
-            yield Rows(Box(tuple(start), tuple(stop)), classes, likely)
+            yield Rows(Box(tuple(start), tuple(stop)), classes, reals)
 
     def _entering(self, raw: NDArray[Any], slices: int) -> Tensor:
         """Return voxels (channels, *image's axes) as the engine takes them: (batch, channels, *its axes)."""

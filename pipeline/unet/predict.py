@@ -1,4 +1,4 @@
-"""Predictor: a block's classes, tile by tile, as one pass over the whole scan would give them."""
+"""Predictor: a block's classes or values, tile by tile, as one pass over the whole scan would give them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.engine import Engine
 from pipeline.unet.foreign import ForeignNetwork
-from pipeline.unet.network import UNet, channels_last, classes_of, probabilities_of
-from pipeline.unet.numbers import Windows, exactly, normalised, widened
+from pipeline.unet.network import UNet, channels_last
+from pipeline.unet.numbers import Pairs, Windows, exactly, normalised
+from pipeline.unet.readout import Readout
 
 log = logging.getLogger("haloseg")
 
@@ -38,11 +39,13 @@ class Predictor:
     device : "cpu" or "cuda"
     n_slices : slices that enter at once where a 2-D network runs over a volume
     on_tile : called before each tile
+    target_windows : of a linear head, as the model has them
     """
 
     def __init__(
         self, network: UNet | ForeignNetwork | Engine, rule: TileRule, *, windows: Windows,
         tile_shape: tuple[int, ...], device: str, n_slices: int = 1, on_tile: Callable[[], None] = lambda: None,
+        target_windows: Pairs = (),
     ) -> None:
         settings = network.settings
         if len(windows) != settings.in_channels or not rule.ndim == len(tile_shape) == settings.dims:
@@ -57,7 +60,7 @@ class Predictor:
                 f"n_slices={n_slices}; call eval()"
             )
         self.network, self.rule, self.windows, self.device = network, rule, windows, torch.device(device)
-        self._on_tile = on_tile
+        self._on_tile, self.readout = on_tile, Readout(settings.head, target_windows)
         self.core_shape, self.n_slices = rule.core_shape(tile_shape), n_slices
 
     def segment(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -74,7 +77,7 @@ class Predictor:
         BudgetError : the device has not the memory for the smallest tile.
         """
         classes = np.empty(core_shape, np.uint8)
-        self._fill(raw, classes, None)
+        self._fill(raw, core_shape, classes, None)
         return classes
 
     def segment_with_probabilities(
@@ -83,16 +86,23 @@ class Predictor:
         """Return the classes of a block as ``segment`` does, and float32 probabilities (n_classes, *core_shape)."""
         classes = np.empty(core_shape, np.uint8)
         probabilities = np.empty((self.network.settings.n_classes, *core_shape), np.float32)
-        self._fill(raw, classes, probabilities)
+        self._fill(raw, core_shape, classes, probabilities)
         return classes, probabilities
 
+    def values(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return what a linear head makes of a block, float32 (n_outputs, *core_shape), in the target's intensities."""
+        values = np.empty((self.network.settings.n_classes, *core_shape), np.float32)
+        self._fill(raw, core_shape, None, values)
+        return values
+
     def _fill(
-        self, raw: NDArray[Any], classes: NDArray[np.uint8], probabilities: NDArray[np.float32] | None
+        self, raw: NDArray[Any], core_shape: tuple[int, ...], classes: NDArray[np.uint8] | None,
+        reals: NDArray[np.float32] | None,
     ) -> None:
         """Fill the outputs; what a pass that ran out of device memory has left is written again."""
-        rule = self.rule.over_slices() if classes.ndim == self.rule.ndim + 1 else self.rule
-        self._check(raw, rule=rule, core_shape=classes.shape)
-        while not self._pass(raw, rule, classes, probabilities):
+        rule = self.rule.over_slices() if len(core_shape) == self.rule.ndim + 1 else self.rule
+        self._check(raw, rule=rule, core_shape=core_shape)
+        while not self._pass(raw, rule, core_shape, classes, reals):
             self._halve(slices=rule.ndim > self.rule.ndim)
 
     def _check(self, raw: NDArray[Any], *, rule: TileRule, core_shape: tuple[int, ...]) -> None:
@@ -105,20 +115,20 @@ class Predictor:
             raise ArgumentError(f"intensities must be integers or floats, got {raw.dtype}; convert the scan")
 
     def _pass(
-        self, raw: NDArray[Any], rule: TileRule, classes: NDArray[np.uint8], probabilities: NDArray[np.float32] | None
+        self, raw: NDArray[Any], rule: TileRule, core_shape: tuple[int, ...], classes: NDArray[np.uint8] | None,
+        reals: NDArray[np.float32] | None,
     ) -> bool:
         """Fill the outputs once; returns False where the device ran out of memory."""
         largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
         try:
             with torch.inference_mode(), exactly():
-                for core in rule.cores(classes.shape, largest):
+                for core in rule.cores(core_shape, largest):
                     self._on_tile()
                     logits = self._tile(raw, core, rule)
-                    best = classes_of(logits, self.network.settings.head)
-                    classes[core.slices] = _to_scan(best[:, None], core)[0]
-                    if probabilities is not None:
-                        likely = probabilities_of(widened(logits), self.network.settings.head)
-                        probabilities[(slice(None), *core.slices)] = _to_scan(likely, core)
+                    if classes is not None:
+                        classes[core.slices] = _to_scan(self.readout.classes(logits)[:, None], core)[0]
+                    if reals is not None:
+                        reals[(slice(None), *core.slices)] = _to_scan(self.readout.reals(logits), core)
         except torch.OutOfMemoryError:
             return False
         return True

@@ -31,13 +31,19 @@ from pipeline.unet.predict import Predictor
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where results go, and what makes them; see ``Plan``."""
+    """Where results go, and what makes them; see ``Plan``.
+
+    Attributes
+    ----------
+    labels : None where the network has no classes
+    reals : what is written in float32: probabilities, or values of a network without classes; None: nothing
+    """
 
     image: Location
     model: str
     model_sha256: str
-    labels: Location
-    probabilities: Location | None
+    labels: Location | None
+    reals: Location | None
     grid: BlockGrid
     device: str
     engine: EngineName
@@ -47,26 +53,26 @@ class Outputs:
         """Open image, model and outputs; freed memory is kept from now on."""
         keep_freed_memory()
         image, model = open_image(self.image), loaded(self.model, self.model_sha256)
-        windows = model.scaling.windows(image.statistics, dtype=image.dtype)
-        probabilities = open_array(self.probabilities) if self.probabilities else None
-        return Opened(open_voxels(self.image / "0"), model, windows, open_array(self.labels), probabilities)
+        windows = model.windows(image.statistics, dtype=image.dtype)
+        labels, reals = (open_array(each) if each else None for each in (self.labels, self.reals))
+        return Opened(open_voxels(self.image / "0"), model, windows, labels, reals)
 
     def is_done(self, opened: Opened, block: Block) -> bool:
         """Whether every output of a block exists."""
-        outputs = [(opened.labels, self.labels)]
-        if opened.probabilities is not None and self.probabilities is not None:
-            outputs.append((opened.probabilities, self.probabilities))
-        return all(shard_location(array, block.core, location=at).exists() for array, at in outputs)
+        outputs = ((opened.labels, self.labels), (opened.reals, self.reals))
+        return all(shard_location(array, block.core, location=at).exists() for array, at in outputs if at)
 
     def write(
-        self, opened: Opened, core: Box, classes: NDArray[np.uint8], likely: NDArray[np.float32] | None
+        self, opened: Opened, core: Box, classes: NDArray[np.uint8] | None, reals: NDArray[np.float32] | None
     ) -> None:
-        """Write a block's shards, that of the labels last, since it is the ledger; one that is there stays."""
-        with storage_errors(self.labels):
-            if likely is not None and opened.probabilities is not None and self.probabilities is not None:
-                write_shard(opened.probabilities, core, likely, location=self.probabilities)
-            if not shard_location(opened.labels, core, location=self.labels).exists():
-                write_shard(opened.labels, core, classes, location=self.labels)
+        """Write a block's shards, last the ledger's: the labels, or else the values. What is in the ledger stays."""
+        ledger = self.labels or self.reals
+        assert ledger is not None
+        with storage_errors(ledger):
+            for array, at, voxels in ((opened.reals, self.reals, reals), (opened.labels, self.labels, classes)):
+                done = at is ledger and shard_location(array, core, location=at).exists()
+                if at is not None and voxels is not None and not done:
+                    write_shard(array, core, voxels, location=at)
 
 
 @lru_cache(maxsize=4)
@@ -89,7 +95,7 @@ class Opened:
     model: Model
     windows: Windows
     labels: Any
-    probabilities: Any
+    reals: Any
     predictor: Any = None
     part_shape: tuple[int, ...] = ()
 
@@ -110,22 +116,24 @@ class SegmentBlocks:
             make_engine(build_unet(opened.model, out.device), device=out.device, precision=out.precision)
             if fused else build(opened.model, out.device), opened.model.rule,
             windows=opened.windows, device=out.device, tile_shape=self.tile_shape[-dims:],
-            n_slices=prod(self.tile_shape[:-dims]), on_tile=beat,
+            n_slices=prod(self.tile_shape[:-dims]), on_tile=beat, target_windows=opened.model.target_windows,
         )  # fmt: skip
         return opened
 
     def run(self, state: Opened, index: int) -> BlockRecord:
         """Segment one block: read its tile, run the network, write its shard."""
         block = self.outputs.grid.block(index)
-        begin, likely = perf_counter(), None
+        begin, classes, reals = perf_counter(), None, None
         voxels = read_mirrored(state.image, block.tile)
         read = perf_counter()
-        if state.probabilities is None:
+        if state.labels is None:
+            reals = state.predictor.values(voxels, block.core.shape)
+        elif state.reals is None:
             classes = state.predictor.segment(voxels, block.core.shape)
         else:
-            classes, likely = state.predictor.segment_with_probabilities(voxels, block.core.shape)
+            classes, reals = state.predictor.segment_with_probabilities(voxels, block.core.shape)
         computed = perf_counter()
-        self.outputs.write(state, block.core, classes, likely)
+        self.outputs.write(state, block.core, classes, reals)
         written = perf_counter()
         return BlockRecord(
             index, block.core.n_voxels, read - begin, computed - read, written - computed, peak_rss_bytes(),

@@ -1,4 +1,4 @@
-"""The work of certifying: sampled boxes of the labels computed again by the reference, over a larger window."""
+"""The work of certifying: sampled boxes of a result computed again by the reference, over a larger window."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from pipeline.geometry.mirror import read_mirrored
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.column import ColumnPredictor
 from pipeline.unet.model import build
+from pipeline.unet.numbers import Pairs
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Head
 from pipeline.works.blocks import Opened, SegmentBlocks, peak_rss_bytes
 from pipeline.works.columns import SegmentColumns
 
 TOLERANCE = 1e-5
+VALUE_TOLERANCE = 1e-4  # rounding in float32 came to 2e-5 standard deviations, bfloat16 to 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,31 @@ class Certified(BlockRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class CertifiedValues(BlockRecord):
+    """What one box of a prediction came to.
+
+    Attributes
+    ----------
+    max_difference, max_difference_std : of the stored values from the reference, in the target's intensities and in
+        standard deviations of the target
+    n_beyond : voxels where it is beyond rounding; see ``beyond_rounding``
+    """
+
+    max_difference: float = 0.0
+    max_difference_std: float = 0.0
+    n_beyond: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CertifyBoxes:
-    """Compares boxes of a label volume with the reference; see BlockWork.
+    """Compares boxes of a label volume, or of a prediction, with the reference; see BlockWork.
 
         |hhhhhhhhh|ccccc|hhhhhhhhh|       what the run's engine sees: the halo that it needs
         |s|hhhhhhhhh|ccccc|hhhhhhhhh|s|   what the reference sees: one stride more on each side
 
     Attributes
     ----------
-    segmenting : the work that made the labels
+    segmenting : the work that made the volume
     boxes : start on multiples of the stride
     tile_shape : of the reference, along the network's axes
     rule : over the image's axes
@@ -66,18 +84,22 @@ class CertifyBoxes:
         reference = Predictor(
             build(opened.model, self.segmenting.outputs.device), opened.model.rule, windows=opened.windows,
             tile_shape=self.tile_shape, device=self.segmenting.outputs.device, on_tile=beat,
+            target_windows=opened.model.target_windows,
         )  # fmt: skip
         return opened, reference
 
-    def run(self, state: tuple[Opened, Predictor], index: int) -> Certified:
+    def run(self, state: tuple[Opened, Predictor], index: int) -> Certified | CertifiedValues:
         """Compare one box."""
         opened, reference = state
         core, begin = self.boxes[index], perf_counter()
         strides = zip(self.rule.stride, self.rule.halo, strict=True)
         wide = core.round_up(self.rule.stride).grow(tuple(s if h else 0 for s, h in strides))
         voxels = read_mirrored(opened.image, wide.grow(self.rule.halo))
-        classes, likely = reference.segment_with_probabilities(voxels, wide.shape)
         inside = core.inside(wide)
+        if opened.labels is None:
+            values = reference.values(voxels, wide.shape)[(slice(None), *inside)]
+            return self._of_values(opened, values, index, begin)
+        classes, likely = reference.segment_with_probabilities(voxels, wide.shape)
         expected, got = likely[(slice(None), *inside)], self._by_engine(opened, core)
         ordered = np.sort(expected, axis=0)
         margin = ordered[-1] - ordered[-2] if len(ordered) > 1 else np.ones(core.shape)
@@ -90,6 +112,20 @@ class CertifyBoxes:
             n_flipped_decided=int((flipped & (margin > 2 * TOLERANCE)).sum()),
         )  # fmt: skip
 
+    def _of_values(
+        self, opened: Opened, expected: NDArray[np.float32], index: int, begin: float
+    ) -> CertifiedValues:
+        """Compare the stored values of one box."""
+        core, windows = self.boxes[index], opened.model.target_windows
+        stored = np.asarray(opened.reals[(slice(None), *core.slices)])
+        far = np.abs(stored.astype(np.float64) - expected)
+        in_std = far * np.array([scale for _, scale in windows]).reshape(-1, *(1,) * core.ndim)
+        return CertifiedValues(
+            index, core.n_voxels, 0.0, perf_counter() - begin, 0.0, peak_rss_bytes(), n_blocks=1,
+            max_difference=float(far.max()), max_difference_std=float(in_std.max()),
+            n_beyond=int(beyond_rounding(stored, expected, windows).any(axis=0).sum()),
+        )  # fmt: skip
+
     def _by_engine(self, opened: Opened, core: Box) -> NDArray[np.float32]:
         """Return the probabilities of a box, (n_classes, *core.shape), as the run computes them."""
         predictor: Any = opened.predictor
@@ -99,11 +135,25 @@ class CertifyBoxes:
             likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
             for rows in predictor.run(core, stream, slabs, probabilities=True):
                 beat()
-                likely[(slice(None), *rows.box.inside(core))] = rows.probabilities
+                likely[(slice(None), *rows.box.inside(core))] = rows.reals
             return likely
         tile = core.round_up(self.rule.stride).grow(self.rule.halo)
         _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core.shape)
         return np.asarray(probabilities)
+
+
+def beyond_rounding(
+    stored: NDArray[np.float32], expected: NDArray[np.float32], windows: Pairs
+) -> NDArray[np.bool_]:
+    """Return which values differ by more than rounding in float32 explains; all of shape (channels, *spatial).
+
+    That is VALUE_TOLERANCE of the target's standard deviation, or of the value's distance from its mean where this is
+    larger, and one step of float32 at the value.
+    """
+    offset, scale = np.array(windows).T.reshape(2, -1, *(1,) * (expected.ndim - 1))
+    most = VALUE_TOLERANCE * np.maximum(1 / scale, np.abs(expected - offset)) + np.spacing(np.abs(expected))
+    beyond: NDArray[np.bool_] = ~(np.abs(stored.astype(np.float64) - expected) <= most)
+    return beyond
 
 
 def sample_boxes(

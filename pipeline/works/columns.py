@@ -47,8 +47,9 @@ class SegmentColumns:
         slices = len(out.grid.shape) - opened.model.settings.dims
         engine = _engine(out.model, out.model_sha256, out.device, out.precision, self.columns.axis - slices)
         opened.predictor = ColumnPredictor(
-            engine, windows=opened.windows, slab=self.columns.slab, precision=out.precision
-        )
+            engine, windows=opened.windows, slab=self.columns.slab, precision=out.precision,
+            target_windows=opened.model.target_windows,
+        )  # fmt: skip
         opened.part_shape = self.columns.part_shape
         return opened
 
@@ -96,15 +97,17 @@ class SegmentColumns:
         rows = MirroredRows(
             state.image, axis=axis, column=_hull(entering), step=state.image.chunks[1 + axis], keep_all=len(parts) > 1
         )
-        n_classes = predictor.engine.settings.n_classes if state.probabilities is not None else 0
+        n_reals = predictor.engine.settings.n_classes if state.reals is not None else 0
         with WriteBehind[_Sheet](lambda sheet: self._write(state, sheet), clock=clock) as behind:
-            sheets = _Sheets(blocks, axis=axis, core=core, n_classes=n_classes, put=behind.put)
+            sheets = _Sheets(
+                blocks, axis=axis, core=core, has_classes=state.labels is not None, n_reals=n_reals, put=behind.put
+            )
             for each in parts:
                 part = each.core.shift(core.start)
                 stream, boxes = predictor.stream(part)
                 voxels = (_taken(rows, box, axis) for box in boxes)
                 with read_ahead(voxels, n_ahead=SLABS_AHEAD, clock=clock) as slabs:
-                    for done in predictor.run(part, stream, slabs, probabilities=n_classes > 0):
+                    for done in predictor.run(part, stream, slabs, probabilities=n_reals > 0):
                         sheets.put(done)
         return rows.n_voxels_read
 
@@ -123,8 +126,9 @@ class SegmentColumns:
     def _write(self, state: Opened, sheet: _Sheet) -> None:
         for block in sheet.blocks:
             inside = block.core.inside(sheet.box)
-            likely = None if sheet.probabilities is None else sheet.probabilities[(slice(None), *inside)]
-            self.outputs.write(state, block.core, sheet.classes[inside], likely)
+            classes = None if sheet.classes is None else sheet.classes[inside]
+            reals = None if sheet.reals is None else sheet.reals[(slice(None), *inside)]
+            self.outputs.write(state, block.core, classes, reals)
 
 
 @lru_cache(maxsize=4)
@@ -139,8 +143,8 @@ class _Sheet:
 
     box: Box
     blocks: list[Block]
-    classes: NDArray[np.uint8]
-    probabilities: NDArray[np.float32] | None
+    classes: NDArray[np.uint8] | None
+    reals: NDArray[np.float32] | None
     n_left: int
 
 
@@ -148,9 +152,11 @@ class _Sheets:
     """Collects rows until all voxels of a sheet are there, and hands it on."""
 
     def __init__(
-        self, blocks: list[Block], *, axis: int, core: Box, n_classes: int, put: Callable[[_Sheet], None]
+        self, blocks: list[Block], *, axis: int, core: Box, has_classes: bool, n_reals: int,
+        put: Callable[[_Sheet], None],
     ) -> None:
-        self._axis, self._core, self._n_classes, self._put = axis, core, n_classes, put
+        self._axis, self._core, self._put = axis, core, put
+        self._has_classes, self._n_reals = has_classes, n_reals
         self._blocks: dict[tuple[int, int], list[Block]] = {}
         for block in blocks:
             self._blocks.setdefault((block.core.start[axis], block.core.stop[axis]), []).append(block)
@@ -164,9 +170,10 @@ class _Sheets:
             sheet = self._sheets.get((low, high)) or self._new(low, high)
             part = rows.box.intersect(sheet.box)
             source, target = part.inside(rows.box), part.inside(sheet.box)
-            sheet.classes[target] = rows.classes[source]
-            if sheet.probabilities is not None and rows.probabilities is not None:
-                sheet.probabilities[(slice(None), *target)] = rows.probabilities[(slice(None), *source)]
+            if sheet.classes is not None and rows.classes is not None:
+                sheet.classes[target] = rows.classes[source]
+            if sheet.reals is not None and rows.reals is not None:
+                sheet.reals[(slice(None), *target)] = rows.reals[(slice(None), *source)]
             sheet.n_left -= part.n_voxels
             if not sheet.n_left:
                 del self._blocks[low, high], self._sheets[low, high]
@@ -176,8 +183,9 @@ class _Sheets:
         start, stop = list(self._core.start), list(self._core.stop)
         start[self._axis], stop[self._axis] = low, high
         box = Box(tuple(start), tuple(stop))
-        likely = np.empty((self._n_classes, *box.shape), np.float32) if self._n_classes else None
-        sheet = _Sheet(box, self._blocks[low, high], np.empty(box.shape, np.uint8), likely, box.n_voxels)
+        classes = np.empty(box.shape, np.uint8) if self._has_classes else None
+        reals = np.empty((self._n_reals, *box.shape), np.float32) if self._n_reals else None
+        sheet = _Sheet(box, self._blocks[low, high], classes, reals, box.n_voxels)
         self._sheets[low, high] = sheet
         return sheet
 

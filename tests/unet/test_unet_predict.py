@@ -106,7 +106,7 @@ def assert_equal(net: UNet, got, expected):
 
 @st.composite
 def networks(draw, *, dims, largest_depth):
-    head = draw(st.sampled_from(Head))
+    head = draw(st.sampled_from((Head.SOFTMAX, Head.SIGMOID)))
     return UNetSettings(
         dims=dims, head=head, n_classes=draw(st.integers(1 if head is Head.SIGMOID else 2, 3)),
         in_channels=draw(st.integers(1, 2)), width=draw(st.integers(2, 4)), depth=draw(st.integers(1, largest_depth)),

@@ -1,0 +1,54 @@
+"""Provenance: what a run makes its volume from, and what must stay the same for another run to go on in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.config import Precision, Scheme
+from pipeline.store.arrays import Layout
+from pipeline.store.image import Image
+from pipeline.store.labels import Labels, label_location
+from pipeline.store.location import Location
+from pipeline.store.predictions import Prediction, prediction_location
+from pipeline.store.results import Result
+from pipeline.unet.model import Model
+from pipeline.unet.settings import Head
+
+
+def result_of(image: Image, model: Model, path: str, *, name: str, layout: Layout, scheme: Scheme) -> Result:
+    """Return the volume that a run is to make: labels, or what a network without classes predicts; nothing is written.
+
+    Parameters
+    ----------
+    path : of the model
+    """
+    axes, same = image.axes.removeprefix("c"), fingerprint(image, model.digest, scheme.precision)
+    made = provenance(image, model, path, scheme)
+    if model.settings.head is Head.LINEAR:
+        location = prediction_location(image.location, name)
+        return Prediction(location, axes, model.settings.n_classes, layout, image.levels, same, made)
+    location = label_location(image.location, name)
+    return Labels(location, axes, "uint8", layout, image.levels, same, model.classes, model.class_values, made)
+
+
+def fingerprint(image: Image, model_sha256: str, precision: Precision) -> dict[str, Any]:
+    """Return what must be the same for two runs to be one: labels that have it are of this image and this model."""
+    content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"image": digest, "model": model_sha256, "precision": precision.value}
+
+
+def provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:
+    """Return who made a volume from what; nothing that differs between two runs of the same command."""
+    return {
+        "made_by": "haloseg segment", "scan": image.scan,
+        "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
+        "network": model.settings.to_json(), "normalisation": model.normalisation.value,
+        "limits": model.limits,
+        "engine": scheme.taken.value, "precision": scheme.precision.value,
+        "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
+        "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
+    }  # fmt: skip
