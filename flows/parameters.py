@@ -9,8 +9,10 @@ from pydantic import Field
 ScanPath = Annotated[str, Field(description="Path or URL of the scan, or of an image that was ingested before")]
 ImagePath = Annotated[str, Field(description="Path or URL of the OME-Zarr image to make, ending in .zarr")]
 ModelPath = Annotated[str, Field(description="Path or URL of the model file, or a name such as cells or cells@2")]
-LabelName = Annotated[str, Field(description="The label volume: IMAGE/labels/NAME")]
-TruthPath = Annotated[str | None, Field(description="Labels to compare with: a label volume, or a scan of integers")]
+LabelName = Annotated[str, Field(description="The label volume, IMAGE/labels/NAME, or IMAGE/predictions/NAME")]
+TruthPath = Annotated[
+    str | None, Field(description="What to compare with: a label volume or a scan of integers; of predictions an image")
+]
 Cluster = Annotated[str, Field(description='"local", or the address of a Dask scheduler such as tls://host:8786')]
 Workers = Annotated[int, Field(ge=1, description="Worker processes of a local cluster")]
 Budget = Annotated[int, Field(ge=1, description="Memory of one worker for activations, weights and buffers, in bytes")]

@@ -6,11 +6,14 @@ import base64
 import re
 from collections.abc import Iterable, Sequence
 
+from pipeline.certificate import certificate_of
+from pipeline.compare import Compared
 from pipeline.console import n_bytes, quantity
 from pipeline.evaluate import Evaluated
 from pipeline.plan import Plan
 from pipeline.segment import Segmented
-from pipeline.verify import Certificate
+from pipeline.store.labels import Labels
+from pipeline.store.results import Result
 
 
 def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
@@ -18,12 +21,12 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
     shape = " x ".join(f"{n:,}" for n in plan.grid.shape)
     columns = plan.columns
     how = "overlapping tiles of " + "x".join(map(str, plan.tile_shape)) if columns is None else (
-        f"columns along {plan.labels.axes[columns.axis]}, slabs of {columns.slab} rows"
+        f"columns along {plan.result.axes[columns.axis]}, slabs of {columns.slab} rows"
     )  # fmt: skip
     return "# Plan\n\n" + _table(("", ""), [
         ("image", f"`{plan.image.location}`, {shape} voxels, {plan.image.dtype}"),
         ("model", f"`{plan.model_path}`"),
-        ("labels", f"`{plan.labels.location}`"),
+        (kind_of(plan.result), f"`{plan.result.location}`"),
         ("blocks", f"{len(plan.grid):,}, of which {n_missing:,} are to be done"),
         ("work", f"{plan.n_units:,} {how}"),
         ("workers", str(n_workers) if n_workers else "those of the cluster"),
@@ -34,10 +37,15 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
     ])  # fmt: skip
 
 
-def report_markdown(result: Segmented, *, figures: Evaluated | None, cause: str, png: bytes) -> str:
-    """Return what a run has done, with a picture of labels over image; ``cause`` says why a truth was not compared."""
+def kind_of(result: Result) -> str:
+    """Return what a volume is called on the pages."""
+    return "labels" if isinstance(result, Labels) else "prediction"
+
+
+def report_markdown(result: Segmented, *, figures: Evaluated | Compared | None, cause: str, png: bytes) -> str:
+    """Return what a run has done, with a picture of the result; ``cause`` says why a truth was not compared."""
     rows = [
-        ("labels", f"`{result.labels.location}`"), ("voxels", f"{result.n_voxels:,}"),
+        (kind_of(result.result), f"`{result.result.location}`"), ("voxels", f"{result.n_voxels:,}"),
         ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
         ("voxels/s", quantity(result.voxels_per_s)), ("seconds", f"{result.wall_s:.1f}"),
         ("seconds of all workers", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.stages)),
@@ -46,15 +54,27 @@ def report_markdown(result: Segmented, *, figures: Evaluated | None, cause: str,
         ("peak memory of a worker", n_bytes(result.peak_rss_bytes)),
     ]  # fmt: skip
     if result.certificate:
-        rows.append(("certificate", Certificate(**result.certificate).line))
+        rows.append(("certificate", certificate_of(result.certificate).line))
     if cause:
         rows.append(("not evaluated", plain(cause)))
-    if figures is not None:
-        named = zip(figures.classes, figures.figures.classes, strict=True)
-        rows.append(("accuracy", f"{figures.figures.accuracy:.4f}"))
-        rows += [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
-    data = base64.b64encode(png).decode()
-    return f"# Segmentation\n\n{_table(('', ''), rows)}\n![labels over image](data:image/png;base64,{data})\n"
+    rows += _figures(figures)
+    data, title = base64.b64encode(png).decode(), "Segmentation" if kind_of(result.result) == "labels" else "Prediction"
+    return f"# {title}\n\n{_table(('', ''), rows)}\n![image and result](data:image/png;base64,{data})\n"
+
+
+def _figures(figures: Evaluated | Compared | None) -> list[tuple[str, str]]:
+    """Return how good a result is, where there was a truth."""
+    if figures is None:
+        return []
+    if isinstance(figures, Compared):
+        psnr = figures.figures.psnr_db
+        return [
+            ("MAE", f"{figures.figures.mae:.4g}"), ("RMSE", f"{figures.figures.rmse:.4g}"),
+            ("PSNR", "-" if psnr is None else f"{psnr:.2f} dB"),
+        ]  # fmt: skip
+    named = zip(figures.classes, figures.figures.classes, strict=True)
+    rows = [("accuracy", f"{figures.figures.accuracy:.4f}")]
+    return rows + [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
 
 
 def failure_markdown(cause: str, *, causes: dict[int, str]) -> str:

@@ -13,9 +13,10 @@ from prefect.events import emit_event
 from prefect.states import Cancelled
 
 from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
-from flows.reports import failure_markdown, plan_markdown, report_markdown
+from flows.reports import failure_markdown, kind_of, plan_markdown, report_markdown
 from flows.stages import failed, stage
 from flows.watching import SHARED_RUNNER, key_of, logged, shown, watched
+from pipeline.compare import Compared
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
@@ -26,14 +27,15 @@ from pipeline.plan import plan_segment
 from pipeline.report import picture
 from pipeline.segment import Segmented, segment
 from pipeline.store.image import open_image, read_image
-from pipeline.store.labels import open_labels
 from pipeline.store.lease import held
 from pipeline.store.location import Location
+from pipeline.store.results import complete
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import model_path
 from pipeline.unet.device import pick_device
 
-Made = tuple[Segmented, Evaluated | None]
+Figures = Evaluated | Compared
+Made = tuple[Segmented, Figures | None]
 
 
 @stage("ingest")
@@ -63,7 +65,8 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
         watched(key=key, count=lambda: len(plan.done()), n_voxels=prod(plan.grid.shape)) as watch,
     ):
         result = segment(plan, run=run, watch=watch)
-    get_run_logger().info("labels %s: %d blocks run in %.1f s", result.labels.location, result.n_run, result.wall_s)
+    made = f"{kind_of(result.result)} {result.result.location}"
+    get_run_logger().info("%s: %d blocks run in %.1f s", made, result.n_run, result.wall_s)
     return result
 
 
@@ -78,29 +81,29 @@ def _runner(shared: RunBlocks | None, *, n_missing: int, cluster: str, workers: 
 
 
 @stage("evaluate")
-def evaluate_stage(predicted: str, truth: str) -> Evaluated:
-    """Compare the labels with the truth."""
+def evaluate_stage(predicted: str, truth: str) -> Figures:
+    """Compare the result with the truth."""
     with watched(key=key_of(predicted, "truth")) as watch:
         return evaluate(predicted, truth, watch=watch)
 
 
-def _evaluated(labels: str, truth: str | None) -> tuple[Evaluated | None, str]:
-    """Return the figures, or why a truth cannot be compared with: that makes good labels no worse."""
+def _evaluated(result: str, truth: str | None) -> tuple[Figures | None, str]:
+    """Return the figures, or why a truth cannot be compared with: that makes a good result no worse."""
     try:
-        return (evaluate_stage(labels, truth) if truth else None), ""
+        return (evaluate_stage(result, truth) if truth else None), ""
     except InputError as error:
         get_run_logger().warning("not evaluated: %s", error)
         return None, str(error)
 
 
 @stage("report")
-def report_stage(image: str, result: Segmented, *, figures: Evaluated | None, cause: str = "") -> None:
-    """Put figures, or why there are none, and a picture of the labels into the Prefect UI."""
-    where = Location(image)
-    png = picture(open_image(where), open_labels(result.labels.location))
+def report_stage(image: str, result: Segmented, *, figures: Figures | None, cause: str = "") -> None:
+    """Put figures, or why there are none, and a picture of the result into the Prefect UI."""
+    where, made = Location(image), complete(result.result)
+    png = picture(open_image(where), made)
     text = report_markdown(result, figures=figures, cause=cause, png=png)
-    key = key_of(image, result.labels.location.name, "report")
-    shown(lambda: create_markdown_artifact(text, key=key, description=f"labels of {image}"))
+    key = key_of(image, made.location.name, "report")
+    shown(lambda: create_markdown_artifact(text, key=key, description=f"{kind_of(made)} of {image}"))
 
 
 @flow(name="segment", flow_run_name="{name} of {scan}")
@@ -120,7 +123,7 @@ def segment_scan(
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
             )
-            figures, cause = _evaluated(str(result.labels.location), truth)
+            figures, cause = _evaluated(str(result.result.location), truth)
             report_stage(path, result, figures=figures, cause=cause)
     except GivenUpError as error:
         return cast("Made", Cancelled(message=str(error)))
@@ -128,7 +131,8 @@ def segment_scan(
         if not isinstance(error, TakenError):
             _tell_of_failure(scan, image, name, error)
         return cast("Made", failed(error))
-    tell("haloseg.scan.published", scan, {"labels": str(result.labels.location), "voxels": result.n_voxels})
+    made = {kind_of(result.result): str(result.result.location), "voxels": result.n_voxels}
+    tell("haloseg.scan.published", scan, made)
     return result, figures
 
 

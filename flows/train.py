@@ -81,7 +81,7 @@ class Course:
         took = duration(monotonic() - self._begin_s)
         return (
             f"step {last.step:,} of {self._n_steps:,}, {took} of {duration(60 * self._minutes)}; best so far at step "
-            f"{best.step:,}: loss held out {best.loss:.4f}, Dice {_dice(best)}"
+            f"{best.step:,}: loss held out {best.loss:.4f}, {best.told}"
         )
 
     def _percent(self) -> float:
@@ -93,13 +93,14 @@ class Course:
         best = best_of(self._curve)
         return [
             {"step": each.step, "loss": round(each.train_loss, 4), "loss held out": round(each.loss, 4),
-             "Dice held out": _dice(each), "best so far": "yes" if each is best else ""}
+             **_figures(each), "best so far": "yes" if each is best else ""}
             for each in self._curve
         ]  # fmt: skip
 
 
-def _dice(each: Validation) -> str:
-    return ", ".join("-" if d is None else f"{d:.3f}" for d in each.dice)
+def _figures(each: Validation) -> dict[str, str]:
+    name, _, figures = each.told.partition(" ")
+    return {f"{name} held out": figures}
 
 
 @stage("train")

@@ -78,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     demo = verb("demo", "the main job on the scan that ships: ingest, segment, evaluate, picture")
     demo.add_argument("folder", nargs="?", default="haloseg-demo", metavar="DIR")
     _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image", cluster))
-    verb("info", "tell what a scan, an image or labels are").add_argument("path", metavar="PATH")
-    _add_train(verb("train", "train a U-Net on images and their labels"))
+    verb("info", "tell what a scan, an image, labels or a prediction are").add_argument("path", metavar="PATH")
+    _add_train(verb("train", "train a U-Net on images and their labels, or on pairs of images"))
     _add_import(verb("import", "make a model of a network from elsewhere, with its tile rule measured"))
     export = verb("export", "write a model as a package of bioimage.io, for other programs")
     export.add_argument("model", metavar="MODEL")
@@ -91,12 +91,15 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(plan := verb("plan", "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"))
     plan.add_argument("--calibrate", action="store_true", help="time a few slabs on this machine, and tell how long")
     plan.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
-    _add_plan(segment := verb("segment", "make the label volume that the network gives on the whole scan", cluster))
-    segment.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
-    _add_verify(verb("verify", "compute sampled boxes of labels again and tell the difference", cluster))
-    evaluate = verb("evaluate", "compare labels with the truth: Dice, Jaccard, accuracy")
-    evaluate.add_argument("predicted", metavar="PREDICTED", help="IMAGE.zarr/labels/NAME or a scan of integers")
-    evaluate.add_argument("truth", metavar="TRUTH", help="IMAGE.zarr/labels/NAME or a scan of integers")
+    segment_help = "make the label volume, or the prediction, that the network gives on the whole scan"
+    _add_plan(segment := verb("segment", segment_help, cluster))
+    name_help = "IMAGE/labels/NAME, or IMAGE/predictions/NAME of a network trained with --target"
+    segment.add_argument("--name", required=True, metavar="NAME", help=name_help)
+    _add_verify(verb("verify", "compute sampled boxes of a result again and tell the difference", cluster))
+    evaluate = verb("evaluate", "compare with the truth: labels by Dice, Jaccard, accuracy; values by MAE, RMSE, PSNR")
+    volumes_help = "IMAGE.zarr/labels/NAME or a scan of integers; or IMAGE.zarr/predictions/NAME, an image, or a scan"
+    evaluate.add_argument("predicted", metavar="PREDICTED", help=volumes_help)
+    evaluate.add_argument("truth", metavar="TRUTH", help=volumes_help)
     return top
 
 
@@ -113,7 +116,10 @@ def _add_ingest(verb: argparse.ArgumentParser) -> None:
 
 def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("images", nargs="+", metavar="IMAGE")
-    verb.add_argument("--labels", required=True, metavar="NAME", help="the label volume of each image to learn from")
+    learnt = verb.add_mutually_exclusive_group(required=True)
+    learnt.add_argument("--labels", metavar="NAME", help="the label volume of each image to learn from")
+    target_help = "instead: images to be made of IMAGE..., then of --held-out, by l1 or l2 (default recipe: regression)"
+    learnt.add_argument("--target", nargs="+", default=[], metavar="IMAGE", help=target_help)
     made = verb.add_mutually_exclusive_group(required=True)
     made.add_argument("--model", metavar="NAME|FILE", help="the model: a name, or a file to write (.safetensors)")
     made.add_argument("--preview", metavar="PNG", help="a picture of augmented patches to write; trains nothing")
@@ -163,7 +169,7 @@ def _add_plan(verb: argparse.ArgumentParser) -> None:
 
 def _add_verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("image", metavar="IMAGE")
-    verb.add_argument("--name", required=True, metavar="NAME", help="the label volume: IMAGE/labels/NAME")
+    verb.add_argument("--name", required=True, metavar="NAME", help="the labels or the prediction of this name")
     verb.add_argument("--boxes", type=_positive, default=16, metavar="N", help="how many boxes (default 16)")
     verb.add_argument("--seed", type=int, default=1, metavar="N", help="which boxes (default 1)")
     verb.add_argument("--model", metavar="NAME|FILE", help="the model that made them, if it has been moved")

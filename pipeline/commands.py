@@ -98,8 +98,7 @@ def segment(args: Namespace) -> Document:
             with _runner(args, n_missing=len(what.grid) - len(what.done()), device=what.device) as run:
                 result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
     return {
-        "labels": str(result.labels.location), "shape": list(result.labels.spatial_shape),
-        "classes": list(result.labels.classes), "voxels": result.n_voxels, "blocks": result.n_blocks,
+        **_made(result.result), "voxels": result.n_voxels, "blocks": result.n_blocks,
         "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
         "voxels_per_s": result.voxels_per_s,
         "read_amplification": result.read_amplification, "idle_share": result.idle_share,
@@ -108,8 +107,26 @@ def segment(args: Namespace) -> Document:
     }  # fmt: skip
 
 
+def _made(result: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
+    """Return where the volume of a run lies, and what it is."""
+    about = {"shape": list(result.spatial_shape)}
+    if _has_classes(result):
+        return {"labels": str(result.location), **about, "classes": list(result.classes)}
+    return {"prediction": str(result.location), **about, "channels": result.n_channels}
+
+
+def _kind(result: Any) -> str:  # noqa: ANN401
+    if _has_classes(result):
+        return f"labels of {len(result.classes)} classes, {result.dtype}"
+    return f"a prediction of {result.n_channels} channels, {result.dtype}"
+
+
+def _has_classes(result: Any) -> bool:  # noqa: ANN401
+    return hasattr(result, "classes")
+
+
 def verify(args: Namespace) -> Document:
-    """Compute sampled boxes of labels again, by the reference."""
+    """Compute sampled boxes of a result again, by the reference."""
     device = resolve_name("pipeline.unet.device:pick_device")(args.device)
     scheme = Scheme(device=device, **({} if args.budget is None else {"budget_bytes": args.budget}))
     with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
@@ -122,7 +139,7 @@ def verify(args: Namespace) -> Document:
 
 
 def evaluate(args: Namespace) -> Document:
-    """Compare labels with the truth."""
+    """Compare labels, or values, with the truth."""
     with bars(shown=True) as watch:
         result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
     document: Document = result.to_json()
@@ -174,7 +191,8 @@ def _n_workers(args: Namespace, device: str) -> int:
 def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
     columns = what.columns
     return {
-        "image": str(what.image.location), "shape": list(what.image.spatial_shape), "blocks": len(what.grid),
+        "image": str(what.image.location), "shape": list(what.image.spatial_shape), "makes": _kind(what.result),
+        "blocks": len(what.grid),
         "block_shape": list(what.grid.core_shape), "scheme": "tiles" if columns is None else "columns",
         **_scheme(what), "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
         "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
@@ -192,7 +210,7 @@ def _scheme(what: Any) -> Document:  # noqa: ANN401
         return {"tiles": what.n_units, "tile_shape": list(what.tile_shape), "tiles_because": why}
     grid = columns.grid(what.grid)
     return {
-        "columns": what.n_units, "column_shape": list(grid.core_shape), "streamed_axis": what.labels.axes[columns.axis],
+        "columns": what.n_units, "column_shape": list(grid.core_shape), "streamed_axis": what.result.axes[columns.axis],
         "slab": columns.slab, "part_shape": list(columns.part_shape),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Evaluate: predicted labels against the truth, block by block, from contingency tables that add up."""
+"""Evaluate: predicted labels, or values, against the truth, block by block, from tables that add up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compare import Compared, compare, holds_values, is_labels
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.errors import InputError, ScanError
@@ -64,8 +65,10 @@ class Volume:
         return np.asarray(self.array[index])
 
 
-def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evaluated:
-    """Compare two label volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers.
+def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evaluated | Compared:
+    """Compare two volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers: by classes.
+
+    Predictions, images, and scans of floats or with channels are compared by their values.
 
     Where the predicted labels know what their classes were called in training (0 and 255, say), a truth that is
     written in those values is translated.
@@ -74,6 +77,8 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
     ------
     InputError : the volumes cannot be compared.
     """
+    if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
+        return compare(predicted, truth, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
     if ours.shape != theirs.shape:
         raise ScanError(

@@ -1,4 +1,4 @@
-"""Report: a picture of labels over their image, small enough to look at whatever the scan's size."""
+"""Report: a picture of an image and its labels, or its prediction, small enough to look at whatever the scan's size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pipeline.geometry.box import Box
 from pipeline.store.arrays import open_array
 from pipeline.store.image import Image
 from pipeline.store.labels import LABEL_COLOURS, Labels
+from pipeline.store.predictions import Prediction
+from pipeline.store.results import Result
 
 _LARGEST = 512
 _GAP = 8
 _OPACITY = 0.45
 
 
-def picture(image: Image, labels: Labels, *, truth: Labels | None = None) -> bytes:
+def picture(image: Image, result: Result, *, truth: Labels | None = None) -> bytes:
     """Return a PNG: the image, the truth over it where there is one, and the labels over it, side by side.
+
+    A prediction stands beside the image, grey or in colours as it is.
 
     Shows the middle slice of a volume, at the finest level that is at most 512 voxels along y and x; of a larger
     coarsest level its middle. Small scans are enlarged.
@@ -29,9 +33,13 @@ def picture(image: Image, labels: Labels, *, truth: Labels | None = None) -> byt
     region = _region(image.levels[index].shape)
     grey = _grey(image, index, region)
     panels = [grey]
-    for each in (truth, labels):
-        if each is not None:
-            array = open_array(each.location / each.levels[index].path)
+    for each in (truth, result):
+        if each is None:
+            continue
+        array = open_array(each.location / each.levels[index].path)
+        if isinstance(each, Prediction):
+            panels.append(_of_prediction(array, region))
+        else:
             panels.append(_over(grey, np.asarray(array[region.slices]).reshape(grey.shape[:2]), each))
     gap = np.full((grey.shape[0], _GAP, 3), 255, dtype=np.uint8)
     strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
@@ -49,12 +57,23 @@ def _region(shape: tuple[int, ...]) -> Box:
 
 
 def _grey(image: Image, index: int, region: Box) -> NDArray[np.uint8]:
-    """Return the voxels as (y, x, 3): the first three channels as red, green and blue, or the first as grey."""
+    """Return the voxels as (y, x, 3), from the image's 0.1st percentile to its 99.9th."""
     voxels = np.asarray(image.level(index)[(slice(None), *region.slices)], dtype=np.float64)
+    percentiles = [dict(each.percentiles) for each in image.statistics]
+    return _shown(voxels, [(at[0.1], at[99.9]) for at in percentiles])
+
+
+def _of_prediction(array: Any, region: Box) -> NDArray[np.uint8]:  # noqa: ANN401 a Zarr array
+    """Return the values as (y, x, 3), from the 0.1st percentile of what is shown to its 99.9th."""
+    values = np.asarray(array[(slice(None), *region.slices)], dtype=np.float64)
+    return _shown(values, [tuple(np.percentile(each, (0.1, 99.9))) for each in values])
+
+
+def _shown(voxels: NDArray[np.float64], ranges: list[tuple[float, float]]) -> NDArray[np.uint8]:
+    """Return voxels (channels, *region) as (y, x, 3): the first three as red, green and blue, or the first as grey."""
     shown = []
-    for channel in (0, 1, 2) if image.n_channels >= 3 else (0, 0, 0):
-        at = dict(image.statistics[channel].percentiles)
-        low, high = at[0.1], at[99.9]
+    for channel in (0, 1, 2) if len(voxels) >= 3 else (0, 0, 0):
+        low, high = ranges[channel]
         plane = voxels[channel].reshape(voxels.shape[-2:])
         shown.append(np.clip((plane - low) / max(high - low, 1e-12), 0, 1) * 255)
     return np.stack(shown, axis=-1).astype(np.uint8)

@@ -1,0 +1,112 @@
+"""Compare: values against the truth, such as a prediction against the clean image, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pipeline.compute.runner import BlockRecord
+from pipeline.compute.watch import Watcher
+from pipeline.errors import ScanError
+from pipeline.geometry.box import Box
+from pipeline.geometry.grid import BlockGrid
+from pipeline.labels.deviations import DeviationFigures, Deviations
+from pipeline.scans.backend import open_scan
+from pipeline.store.image import open_image, read_image
+from pipeline.store.labels import read_labels
+from pipeline.store.location import Location
+from pipeline.store.predictions import read_prediction
+from pipeline.store.results import complete
+
+_BLOCK = {2: (2048, 2048), 3: (64, 256, 256)}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Figures of values against the truth."""
+
+    n_voxels: int
+    figures: DeviationFigures
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object; what is 0/0 is null."""
+        return {"voxels": self.n_voxels} | self.figures.to_json()
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Intensities of any origin, to be read box by box, channels first."""
+
+    array: Any
+    shape: tuple[int, ...]
+    n_channels: int
+
+    def read(self, box: Box) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the values of a box, shape (channels, *box.shape)."""
+        front = (slice(None),) * (len(self.array.shape) - box.ndim)
+        return np.asarray(self.array[front + box.slices]).reshape(self.n_channels, *box.shape)
+
+
+def holds_values(path: str) -> bool:
+    """Whether intensities lie here, not labels: a prediction, an image of ours, or a scan of floats or channels."""
+    location = Location(str(path))
+    if read_labels(location) is not None:
+        return False
+    if read_prediction(location) is not None or read_image(location) is not None:
+        return True
+    scan = open_scan(path)
+    return bool(scan.dtype.kind == "f" or "c" in scan.dims)
+
+
+def is_labels(path: str) -> bool:
+    """Whether a label volume of ours lies here."""
+    return read_labels(Location(str(path))) is not None
+
+
+def compare(predicted: str, truth: str, *, watch: Watcher) -> Compared:
+    """Compare the values of two volumes of the same shape and channels, each a prediction, an image, or a scan.
+
+    Raises
+    ------
+    InputError : the volumes cannot be compared.
+    """
+    if is_labels(truth):
+        raise ScanError(f"values must be compared with values, got labels at {truth}; give the target image")
+    ours, theirs = open_values(predicted), open_values(truth)
+    if (ours.n_channels, ours.shape) != (theirs.n_channels, theirs.shape):
+        raise ScanError(
+            f"predicted values and truth must have one shape, got {ours.n_channels} x {ours.shape} and "
+            f"{theirs.n_channels} x {theirs.shape}; compare values of the same scan"
+        )
+    grid, parts = BlockGrid(ours.shape, _BLOCK[len(ours.shape)]), list[Deviations]()
+    watch.begin("evaluate", n_blocks=len(grid), n_done=0)
+    for block in grid:
+        parts.append(Deviations.of(ours.read(block.core), theirs.read(block.core)))
+        watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
+    total = reduce(add, parts)
+    return Compared(total.n, total.figures())
+
+
+def open_values(path: str) -> Values:
+    """Return the intensities at a path.
+
+    Raises
+    ------
+    InputError : nothing that can be read lies there, or it is not complete.
+    """
+    location = Location(str(path))
+    if (made := read_prediction(location)) is not None:
+        complete(made)
+        return Values(made.array, made.spatial_shape, made.n_channels)
+    if read_image(location) is not None:
+        image = open_image(location)
+        return Values(image.array, image.spatial_shape, image.n_channels)
+    scan: xr.DataArray = open_scan(path)
+    if scan.dtype.kind not in "iufb":
+        raise ScanError(f"values must be real numbers, got {scan.dtype} in {path}; convert them first")
+    return Values(scan, tuple(scan.sizes[d] for d in scan.dims if d != "c"), scan.sizes.get("c", 1))
