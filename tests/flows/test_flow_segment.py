@@ -14,6 +14,7 @@ from flows.watching import key_of
 from pipeline.errors import ArgumentError, ScanError, TakenError
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
+from pipeline.unet.settings import Head, Padding, UNetSettings
 
 
 def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server, tmp_path):
@@ -36,6 +37,23 @@ def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server,
     assert "| voxels | 40,000 |" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
     assert imagecodecs.png_decode(png).shape == (40 * 10, (2 * 50 + 8) * 10, 3)
+
+
+def test_what_a_network_without_classes_predicts_is_compared_and_shown(server, tmp_path):
+    scan_file(tmp_path / "noisy.tif", (8, 16, 20))
+    settings = UNetSettings(
+        dims=3, width=2, depth=1, padding=Padding.SAME, n_convs=1, n_classes=1, head=Head.LINEAR
+    )
+    model = str(model_file(tmp_path / "linear.safetensors", settings, target_windows=((128.0, 0.1),)))
+    scan, image = str(tmp_path / "noisy.tif"), str(tmp_path / "noisy.zarr")
+    result, figures = segment_scan(scan, image, model, name="clean", truth=scan, workers=1)
+    assert str(result.result.location) == f"{image}/predictions/clean"
+    report = Artifact.get(key=key_of(image, "clean", "report"))
+    assert f"| prediction | `{image}/predictions/clean` |" in report.data
+    assert f"| PSNR | {figures.figures.psnr_db:.2f} dB |" in report.data
+    assert "values differ by at most" in report.data
+    png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
+    assert imagecodecs.png_decode(png).shape[1] == (2 * 20 + 8) * 25
 
 
 def test_what_is_wrong_is_the_state_of_the_run_in_one_line(server, tmp_path, caplog):
