@@ -90,7 +90,7 @@ def _check_shapes(images: list[Image], truths: Sequence[Labels | Image]) -> None
 
 
 def check_alike(images: list[Image], *, resampled: bool) -> None:
-    """Refuse images that one network cannot learn from together."""
+    """Refuse images that one network cannot learn from together; ``resampled``: it sees one voxel size of all."""
     first = images[0]
     for other in images[1:]:
         if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):

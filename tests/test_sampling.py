@@ -18,6 +18,7 @@ from pipeline.store.statistics import Normalisation
 from pipeline.train import train
 from pipeline.unet.augment import Augmentation
 from pipeline.unet.batches import batches, draw_batch
+from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
 from pipeline.unet.patches import IGNORED
 from pipeline.unet.settings import UNetSettings
@@ -198,3 +199,15 @@ def test_an_image_of_finer_voxels_than_the_models_is_told_how_to_have_them(tmp_p
     model = model_file(tmp_path / "m", UNetSettings(dims=2, width=2, depth=1), voxel_size_um=(0.1, 0.1))
     plan_segment(image, model=model, name="x")
     assert caplog.messages[0].endswith("resample the scan")
+
+
+def test_a_target_moves_with_its_image_whatever_voxels_the_network_sees(tmp_path):
+    image = image_of(tmp_path, "f", *textures((160, 144)), size=(0.25, 0.25))
+    warped = replace(WARPED, brightness=0.0, contrast=0.0)
+    recipe = replace(RECIPE, loss=Loss.L1, voxel_size_um=(0.5, 0.5), augmentation=warped)
+    lesson = open_lesson([image], targets=[image], recipe=recipe)
+    for step in range(3):
+        batch = batch_of(draw_batch(lesson.learn, 4, seed=1, step=step), device="cpu")
+        counted = batch.classes != IGNORED
+        assert counted.float().mean() > 0.5
+        assert torch.allclose(batch.target[:, 0][counted], batch.images[:, 0][counted], atol=1e-5)
