@@ -25,9 +25,9 @@ from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import to_be_written
 from pipeline.train import train
-from pipeline.unet.course import Validation, best_of
 from pipeline.unet.device import pick_device
-from pipeline.unet.recipe import Recipe, load_recipe, shipped
+from pipeline.unet.training.course import Validation, best_of
+from pipeline.unet.training.recipe import Recipe, load_recipe, shipped
 
 
 class Course:

@@ -10,7 +10,7 @@ from time import monotonic
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.unet.course import Validation, best_of
+from pipeline.unet.training.course import Validation, best_of
 from pipeline.unet.whole import write_whole
 
 _SIZE = (960, 640)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location
+from pipeline.unet.foreign.rdf import packaged
 from pipeline.unet.model import load_model
-from pipeline.unet.rdf import packaged
 from pipeline.unet.whole import write_whole
 
 # The earliest time that a zip knows: the same model is the same package.

@@ -15,13 +15,13 @@ import yaml
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.adopt import Description, adopt
-from pipeline.unet.bioimageio import Package, package_of
+from pipeline.unet.foreign.adopt import Description, adopt
+from pipeline.unet.foreign.bioimageio import Package, package_of
+from pipeline.unet.foreign.pt2 import read_pt2
+from pipeline.unet.foreign.rdf import check_test_output
+from pipeline.unet.foreign.smp import smp_program
 from pipeline.unet.model import Model, save_model
-from pipeline.unet.pt2 import read_pt2
-from pipeline.unet.rdf import check_test_output
 from pipeline.unet.settings import Head
-from pipeline.unet.smp import smp_program
 
 
 def import_program(path: str | os.PathLike[str], *, about: Description, output: int = 0) -> Model:

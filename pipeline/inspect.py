@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.unet.adopt import measured_again
 from pipeline.unet.families import chain_of, name_of, why_not_streamed
-from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
+from pipeline.unet.foreign.adopt import measured_again
+from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 from pipeline.unet.layers import lags
 from pipeline.unet.model import Model, build, load_model
 from pipeline.unet.receptive import measured_rule

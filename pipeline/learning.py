@@ -9,7 +9,7 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pipeline.unet.course import Step, Validation
+from pipeline.unet.training.course import Step, Validation
 
 _KEPT = 0.95  # of the loss and the speed that are shown, from step to step
 

@@ -17,14 +17,14 @@ from pipeline.store.labels import Labels
 from pipeline.store.reading import open_voxels
 from pipeline.store.scaling import Window
 from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targets
-from pipeline.unet.borders import Borders, Separated, in_memory
-from pipeline.unet.learner import training_rule
-from pipeline.unet.patches import Patches, orientations
-from pipeline.unet.recipe import Recipe, choose_dims
-from pipeline.unet.resampled import Steps, seen_region, steps_between
 from pipeline.unet.settings import UNetSettings
-from pipeline.unet.source import Source
-from pipeline.unet.targets import UNKNOWN, Known, Target
+from pipeline.unet.training.borders import Borders, Separated, in_memory
+from pipeline.unet.training.learner import training_rule
+from pipeline.unet.training.patches import Patches, orientations
+from pipeline.unet.training.recipe import Recipe, choose_dims
+from pipeline.unet.training.resampled import Steps, seen_region, steps_between
+from pipeline.unet.training.source import Source
+from pipeline.unet.training.targets import UNKNOWN, Known, Target
 
 RESIDENT_BYTES = 2**29
 

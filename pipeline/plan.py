@@ -22,7 +22,7 @@ from pipeline.store.results import Result, check_same_result
 from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.families import why_not_streamed
-from pipeline.unet.foreign import ForeignSettings, scheme_for
+from pipeline.unet.foreign.network import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import Head, UNetSettings

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pipeline.errors import ArgumentError
 from pipeline.lesson import open_lesson
 from pipeline.store.labels import LABEL_COLOURS
-from pipeline.unet.batches import batches
-from pipeline.unet.patches import IGNORED
-from pipeline.unet.recipe import Recipe
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.batches import batches
+from pipeline.unet.training.patches import IGNORED
+from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.warp import batch_of
 
 N_PATCHES = 6
 _WIDTH = 192

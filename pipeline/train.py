@@ -21,15 +21,15 @@ from pipeline.store.image import Image
 from pipeline.store.labels import Labels
 from pipeline.store.location import Location
 from pipeline.store.shelf import to_be_written
-from pipeline.unet.board import board
-from pipeline.unet.checkpoint import CheckpointFile
-from pipeline.unet.course import Step, Validation
 from pipeline.unet.device import pick_device
-from pipeline.unet.fit import Fitted, fit
 from pipeline.unet.model import Model, save_model
-from pipeline.unet.processes import fit_together, processes_for
-from pipeline.unet.recipe import Recipe, load_recipe
 from pipeline.unet.settings import closed_form_rule
+from pipeline.unet.training.board import board
+from pipeline.unet.training.checkpoint import CheckpointFile
+from pipeline.unet.training.course import Step, Validation
+from pipeline.unet.training.fit import Fitted, fit
+from pipeline.unet.training.processes import fit_together, processes_for
+from pipeline.unet.training.recipe import Recipe, load_recipe
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

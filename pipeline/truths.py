@@ -11,10 +11,10 @@ from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
-from pipeline.unet.recipe import Recipe
-from pipeline.unet.resampled import about_as_large
 from pipeline.unet.settings import LARGEST_CLASS
-from pipeline.unet.targets import common_windows
+from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.resampled import about_as_large
+from pipeline.unet.training.targets import common_windows
 
 INSTANCE_CLASSES = ("background", "object")
 

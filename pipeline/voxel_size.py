@@ -6,7 +6,7 @@ import logging
 
 from pipeline.store.image import Image
 from pipeline.unet.model import Model
-from pipeline.unet.resampled import about_as_large
+from pipeline.unet.training.resampled import about_as_large
 
 log = logging.getLogger("haloseg")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.curves import CurvesFile, draw_curves, nice_step
-from pipeline.unet.course import Validation
+from pipeline.unet.training.course import Validation
 
 HELD_OUT, TRAINING, FIRST_CLASS = (0, 114, 178), (213, 94, 0), (0, 114, 178)
 PANELS = slice(48, 296), slice(336, 584)  # rows of losses and of Dice

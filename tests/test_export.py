@@ -14,9 +14,9 @@ from volumes import model_file
 
 from pipeline.errors import ArgumentError
 from pipeline.export import export_bioimageio
-from pipeline.unet.adopt import Description, adopt
+from pipeline.unet.foreign.adopt import Description, adopt
+from pipeline.unet.foreign.pt2 import read_pt2
 from pipeline.unet.model import load_model, save_model
-from pipeline.unet.pt2 import read_pt2
 from pipeline.unet.settings import Head, Padding, UNetSettings
 
 SPEC = importlib.util.find_spec("bioimageio") and importlib.util.find_spec("bioimageio.spec")

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from pipeline.learning import learning
-from pipeline.unet.course import Step, Validation
+from pipeline.unet.training.course import Step, Validation
 
 
 def shown(*, terminal, minutes=None):

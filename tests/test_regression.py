@@ -32,11 +32,11 @@ from pipeline.store.location import Location
 from pipeline.store.pyramid import Downsampling, downsample
 from pipeline.store.results import is_published, open_result, read_result
 from pipeline.train import train
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
-from pipeline.unet.recipe import Recipe
 from pipeline.unet.settings import Head, Padding, UNetSettings, closed_form_rule
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.recipe import Recipe
 from pipeline.verify import verify
 from pipeline.works.certify import VALUE_TOLERANCE
 

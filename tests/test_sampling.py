@@ -16,13 +16,13 @@ from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
 from pipeline.store.statistics import Normalisation
 from pipeline.train import train
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.batches import batches, draw_batch
-from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
-from pipeline.unet.patches import IGNORED
 from pipeline.unet.settings import UNetSettings
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.batches import batches, draw_batch
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.patches import IGNORED
+from pipeline.unet.training.warp import batch_of
 
 WARPED = Augmentation(rotation_degrees=180, scale=0.2, elastic_sigma_voxels=1)
 SAME = replace(RECIPE, normalisation=Normalisation.WINDOW, window=((0.0, 2000.0),))

@@ -26,11 +26,11 @@ from pipeline.plan import plan_segment
 from pipeline.segment import segment
 from pipeline.store.image import open_image
 from pipeline.train import train
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.batches import draw_batch
-from pipeline.unet.losses import Loss
 from pipeline.unet.model import load_model
-from pipeline.unet.recipe import Recipe
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.batches import draw_batch
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.recipe import Recipe
 
 RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import prod
 
-from pipeline.unet.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
 from pipeline.unet.families import chain_of
-from pipeline.unet.foreign import ForeignSettings
+from pipeline.unet.foreign.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
+from pipeline.unet.foreign.network import ForeignSettings
 from pipeline.unet.layers import Axes, Chain, Conv, Join, Pool, Span, Up, lags, multiply_adds, n_weights, shapes
 from pipeline.unet.settings import UNetSettings
 

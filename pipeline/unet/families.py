@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from pipeline.unet.foreign import ForeignSettings
+from pipeline.unet.foreign.network import ForeignSettings
 from pipeline.unet.layers import Activate, Axes, Chain, Conv, Gate, Interpolate, Join, Layer, Pool, Stride, Sum, Up
 from pipeline.unet.reach import FCN_BOTTOM
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, Upsampling, closed_form_rule

@@ -13,10 +13,10 @@ from math import prod
 
 from pipeline.errors import BudgetError
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.appraisal import foreign_peak_bytes
 from pipeline.unet.cost import weight_bytes
 from pipeline.unet.families import chain_of
-from pipeline.unet.foreign import ForeignSettings
+from pipeline.unet.foreign.appraisal import foreign_peak_bytes
+from pipeline.unet.foreign.network import ForeignSettings
 from pipeline.unet.layers import Conv, Stride, Up, last_uses, shapes
 from pipeline.unet.model import Model
 from pipeline.unet.settings import Block, UNetSettings, Upsampling

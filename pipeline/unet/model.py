@@ -21,7 +21,7 @@ from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
 from pipeline.store.scaling import Limits, Scaling, Window
 from pipeline.store.statistics import ChannelStatistics, Normalisation
-from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
+from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 from pipeline.unet.whole import write_whole

@@ -15,7 +15,7 @@ from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.engine import Engine
-from pipeline.unet.foreign import ForeignNetwork
+from pipeline.unet.foreign.network import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.numbers import Pairs, Windows, exactly, normalised
 from pipeline.unet.readout import Readout

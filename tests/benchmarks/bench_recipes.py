@@ -46,9 +46,9 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
 from pipeline.train import train
-from pipeline.unet.borders import Separated
-from pipeline.unet.course import Validation
-from pipeline.unet.recipe import load_recipe
+from pipeline.unet.training.borders import Separated
+from pipeline.unet.training.course import Validation
+from pipeline.unet.training.recipe import load_recipe
 
 NOISE = 20  # standard deviation of what is added, of 255 grey values
 THRESHOLDS = np.arange(0.1, 0.95, 0.1)

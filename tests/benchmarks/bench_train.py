@@ -26,13 +26,13 @@ import pipeline.lesson
 from pipeline.config import Precision
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.lesson import open_lesson
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.batches import batches
 from pipeline.unet.device import pick_device
-from pipeline.unet.learner import Learner
-from pipeline.unet.losses import Objective
-from pipeline.unet.recipe import Recipe
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.batches import batches
+from pipeline.unet.training.learner import Learner
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.warp import batch_of
 
 AUGMENTATION = Augmentation(rotation_degrees=30, scale=0.2, gamma=0.3, noise=0.05)
 ELASTIC_SIGMA_VOXELS = {2: 10.0, 3: 3.0}

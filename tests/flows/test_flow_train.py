@@ -13,8 +13,8 @@ from test_train import image_of, textures
 
 from flows import train as train_flow
 from flows.train import Course, train_model
-from pipeline.unet.course import Validation
 from pipeline.unet.model import load_model
+from pipeline.unet.training.course import Validation
 
 
 def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeypatch):

@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.augment import Augmentation, Field, Grey, cubic_weights, draw_change, draw_field, in_voxels, rotation
-from pipeline.unet.patches import IGNORED, Patch
-from pipeline.unet.warp import batch_of, linear, nearest, positions, shaded
+from pipeline.unet.training.augment import (
+    Augmentation,
+    Field,
+    Grey,
+    cubic_weights,
+    draw_change,
+    draw_field,
+    in_voxels,
+    rotation,
+)
+from pipeline.unet.training.patches import IGNORED, Patch
+from pipeline.unet.training.warp import batch_of, linear, nearest, positions, shaded
 
 ALL = Augmentation(
     rotation_degrees=180, tilt_degrees=40, shift_voxels=3, scale=0.4, shear=0.3, elastic_sigma_voxels=1.5,

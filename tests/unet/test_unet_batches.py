@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from test_unet_fit import RECIPE, patches_of
 
-from pipeline.unet.batches import batches, draw_batch, network_seed
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.batches import batches, draw_batch, network_seed
+from pipeline.unet.training.warp import batch_of
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.5])

@@ -16,7 +16,7 @@ from pipeline.errors import ModelError
 from pipeline.export import export_bioimageio
 from pipeline.importing import import_package
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.adopt import Description
+from pipeline.unet.foreign.adopt import Description
 from pipeline.unet.model import build, load_model
 from pipeline.unet.settings import Head, Padding, UNetSettings
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.board import board
-from pipeline.unet.course import Step, Validation
+from pipeline.unet.training.board import board
+from pipeline.unet.training.course import Step, Validation
 
 
 def run(folder, steps, *, before=()):

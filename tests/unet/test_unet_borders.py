@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.geometry.box import Box
-from pipeline.unet.borders import REACH, Borders, Separated, in_memory, separated, sum_of_two
+from pipeline.unet.training.borders import REACH, Borders, Separated, in_memory, separated, sum_of_two
 
 
 def blobs(shape, *, seed, n=5):
@@ -109,5 +109,5 @@ def test_blocks_make_the_whole(monkeypatch):
     ids = blobs((30, 31), seed=2, n=9)
     borders = Borders(ids, (0, 1), (1.0, 1.0), 10.0, 2.0)
     whole = in_memory(borders)
-    monkeypatch.setattr("pipeline.unet.borders._BLOCK_VOXELS", 49)
+    monkeypatch.setattr("pipeline.unet.training.borders._BLOCK_VOXELS", 49)
     assert np.array_equal(in_memory(borders), whole)

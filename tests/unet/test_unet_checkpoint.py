@@ -5,11 +5,11 @@ import torch
 from test_unet_fit import RECIPE, fitted
 
 from pipeline.errors import ArgumentError, ModelError
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.checkpoint import Checkpoint, CheckpointFile
-from pipeline.unet.course import Validation
-from pipeline.unet.recipe import Optimiser, Schedule
 from pipeline.unet.settings import Padding
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.checkpoint import Checkpoint, CheckpointFile
+from pipeline.unet.training.course import Validation
+from pipeline.unet.training.recipe import Optimiser, Schedule
 
 RUN = {"recipe": {"steps": 3, "augmentation": {"noise": 0.1}}, "seed": 0, "images": [{"image": "a.zarr"}]}
 SHORT = replace(RECIPE, steps=7, validate_every=2)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.unet.course import Validation, best_of, is_best, is_over, n_cuts, rate, stalled
-from pipeline.unet.recipe import Recipe, Schedule
+from pipeline.unet.training.course import Validation, best_of, is_best, is_over, n_cuts, rate, stalled
+from pipeline.unet.training.recipe import Recipe, Schedule
 
 
 def curve_of(losses):

@@ -7,16 +7,16 @@ import torch
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError, BudgetError, RunError
 from pipeline.geometry.box import Box
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.checkpoint import CheckpointFile
-from pipeline.unet.course import is_over
-from pipeline.unet.fit import fit
-from pipeline.unet.learner import training_rule
-from pipeline.unet.losses import Loss
 from pipeline.unet.network import UNet
-from pipeline.unet.patches import Patches, Source, orientations
-from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, closed_form_rule
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.checkpoint import CheckpointFile
+from pipeline.unet.training.course import is_over
+from pipeline.unet.training.fit import fit
+from pipeline.unet.training.learner import training_rule
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.patches import Patches, Source, orientations
+from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule, choose_dims
 
 RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
 
 STILL = Augmentation(brightness=0, contrast=0)
 
@@ -53,7 +53,7 @@ def test_all_voxels_of_rare_classes_are_in_the_index_and_no_other():
 
 
 def test_an_index_that_is_full_is_an_even_sample(monkeypatch):
-    monkeypatch.setattr("pipeline.unet.foreground.MOST_VOXELS", 400)
+    monkeypatch.setattr("pipeline.unet.training.foreground.MOST_VOXELS", 400)
     labels = np.zeros((100, 100), np.uint8)
     labels[:, 60:] = 10
     found = patches_of(source_of(labels), core=(16, 16)).with_foreground(1.0).foreground

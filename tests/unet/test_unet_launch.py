@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from pipeline.errors import ArgumentError, RunError
-from pipeline.unet.launch import launch
+from pipeline.unet.training.launch import launch
 
 
 def failing(*, team, say):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_unet_fit import RECIPE, patches_of
 
-from pipeline.unet.batches import draw_batch
-from pipeline.unet.learner import Learner, average_decay
-from pipeline.unet.losses import Objective
 from pipeline.unet.settings import Family
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.batches import draw_batch
+from pipeline.unet.training.learner import Learner, average_decay
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.warp import batch_of
 
 
 def learner_of(recipe):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.unet.losses import Loss, Objective, balanced, voxel_weights
-from pipeline.unet.patches import IGNORED
+from pipeline.unet.training.losses import Loss, Objective, balanced, voxel_weights
+from pipeline.unet.training.patches import IGNORED
 
 OF_CLASSES = [each for each in Loss if not each.is_of_values]
 SHAPES = [(3, 4, 5, 6), (2, 3, 4, 3, 5)]

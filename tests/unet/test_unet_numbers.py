@@ -8,7 +8,7 @@ from pipeline.geometry.box import Box
 from pipeline.store.scaling import Scaling, Window
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
-from pipeline.unet.source import Source
+from pipeline.unet.training.source import Source
 
 SCALINGS = {
     how: Scaling(how, ((-160.0, 240.0), (0.0, 90.0)) if how is Normalisation.WINDOW else ()) for how in Normalisation

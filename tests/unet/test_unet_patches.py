@@ -9,9 +9,9 @@ from scipy import ndimage
 
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
-from pipeline.unet.augment import Augmentation, draw_change
-from pipeline.unet.patches import IGNORED, Orientation, Patches, Source, orientations
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.augment import Augmentation, draw_change
+from pipeline.unet.training.patches import IGNORED, Orientation, Patches, Source, orientations
+from pipeline.unet.training.warp import batch_of
 
 STILL = Augmentation(brightness=0, contrast=0)
 ALL_2D = orientations((4, 4), halo=(0, 0), voxel_size_um=None)

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.adopt import Description, adopt, measured_again
-from pipeline.unet.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
+from pipeline.unet.foreign.adopt import Description, adopt, measured_again
+from pipeline.unet.foreign.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
+from pipeline.unet.foreign.program import Program
+from pipeline.unet.foreign.pt2 import read_pt2
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import build, load_model, save_model
-from pipeline.unet.program import Program
-from pipeline.unet.pt2 import read_pt2
 from pipeline.unet.settings import Head
 
 ABOUT = Description("a test")

@@ -3,11 +3,11 @@ import pytest
 from pipeline.errors import ArgumentError
 from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.learner import training_rule
-from pipeline.unet.losses import Loss
-from pipeline.unet.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe, shipped
 from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, closed_form_rule
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.learner import training_rule
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe, shipped
 
 
 def written(tmp_path, text):

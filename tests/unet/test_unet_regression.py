@@ -13,18 +13,18 @@ from pipeline.geometry.box import Box
 from pipeline.labels.deviations import Deviations
 from pipeline.store.scaling import Window
 from pipeline.store.statistics import Histogram, merge
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.losses import Loss, Objective
 from pipeline.unet.network import UNet
 from pipeline.unet.numbers import restored
-from pipeline.unet.patches import IGNORED, Patches, orientations
 from pipeline.unet.readout import Readout
-from pipeline.unet.recipe import Recipe, load_recipe
 from pipeline.unet.settings import Head, Padding, UNetSettings, closed_form_rule
-from pipeline.unet.source import Source
-from pipeline.unet.targets import UNKNOWN, Known, Target, common_windows
-from pipeline.unet.validation import validate
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.losses import Loss, Objective
+from pipeline.unet.training.patches import IGNORED, Patches, orientations
+from pipeline.unet.training.recipe import Recipe, load_recipe
+from pipeline.unet.training.source import Source
+from pipeline.unet.training.targets import UNKNOWN, Known, Target, common_windows
+from pipeline.unet.training.validation import validate
+from pipeline.unet.training.warp import batch_of
 
 ALL = Augmentation(
     rotation_degrees=40, scale=0.3, shear=0.1, shift_voxels=3, elastic_sigma_voxels=1, brightness=0, contrast=0

@@ -11,13 +11,13 @@ from test_unet_predict import trained
 
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
-from pipeline.unet.augment import Augmentation, Change, Field, Grey
-from pipeline.unet.losses import Objective
-from pipeline.unet.patches import IGNORED, Patches, Source, orientations
-from pipeline.unet.resampled import about_as_large, checked_size, nearest, placed, seen_region, steps_between
 from pipeline.unet.settings import Padding, UNetSettings
-from pipeline.unet.validation import validate
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.augment import Augmentation, Change, Field, Grey
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.resampled import about_as_large, checked_size, nearest, placed, seen_region, steps_between
+from pipeline.unet.training.validation import validate
+from pipeline.unet.training.warp import batch_of
 
 STILL = Augmentation(brightness=0, contrast=0)
 WARPED = Augmentation(brightness=0, contrast=0, rotation_degrees=180, scale=0.3, shear=0.2, elastic_sigma_voxels=0.5)

@@ -10,8 +10,8 @@ from foreign import random_network
 
 from pipeline.cli import main
 from pipeline.errors import ArgumentError, ModelError
+from pipeline.unet.foreign.smp import smp_program
 from pipeline.unet.model import build, load_model
-from pipeline.unet.smp import smp_program
 
 
 @pytest.fixture

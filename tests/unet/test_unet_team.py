@@ -10,15 +10,15 @@ from test_unet_fit import RECIPE, patches_of
 
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.checkpoint import CheckpointFile
-from pipeline.unet.fit import fit
-from pipeline.unet.launch import launch
-from pipeline.unet.losses import Loss
-from pipeline.unet.processes import processes_for
-from pipeline.unet.recipe import Optimiser, Schedule
 from pipeline.unet.settings import Family
-from pipeline.unet.team import ALONE, Team
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.checkpoint import CheckpointFile
+from pipeline.unet.training.fit import fit
+from pipeline.unet.training.launch import launch
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.processes import processes_for
+from pipeline.unet.training.recipe import Optimiser, Schedule
+from pipeline.unet.training.team import ALONE, Team
 
 # Rates of sgd follow the gradient; adamw makes a whole step of the rounding where a gradient is zero.
 SHORT = replace(

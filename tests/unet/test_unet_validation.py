@@ -7,13 +7,13 @@ from test_unet_predict import scan_of, trained, whole
 
 from pipeline.geometry.box import Box
 from pipeline.labels.metrics import ContingencyTable
-from pipeline.unet import validation
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.losses import Objective
+from pipeline.unet.training import validation
 from pipeline.unet.network import UNet
-from pipeline.unet.patches import Patches, Source, orientations
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
-from pipeline.unet.validation import validate
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.patches import Patches, Source, orientations
+from pipeline.unet.training.validation import validate
 
 WINDOW = ((100.0, 1 / 64),)
 

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import read_mirrored
-from pipeline.unet.augment import Augmentation, Change, Field, Grey, draw_change
-from pipeline.unet.foreground import Foreground, find_foreground, find_labelled
-from pipeline.unet.resampled import nearest, placed
-from pipeline.unet.source import Source
+from pipeline.unet.training.augment import Augmentation, Change, Field, Grey, draw_change
+from pipeline.unet.training.foreground import Foreground, find_foreground, find_labelled
+from pipeline.unet.training.resampled import nearest, placed
+from pipeline.unet.training.source import Source
 
 IGNORED = -100
 

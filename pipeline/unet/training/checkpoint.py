@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location, storage_errors
-from pipeline.unet.course import Validation
-from pipeline.unet.learner import below
+from pipeline.unet.training.course import Validation
+from pipeline.unet.training.learner import below
 from pipeline.unet.whole import remove_whole, write_whole
 
 FORMAT = 1

@@ -12,8 +12,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from pipeline.errors import ArgumentError, ModelError
-from pipeline.unet.exporting import exported
-from pipeline.unet.pt2 import Exported
+from pipeline.unet.foreign.exporting import exported
+from pipeline.unet.foreign.pt2 import Exported
 
 _EXAMPLE = (128, 128)  # every encoder's stride of at most 32 divides it
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.unet.augment import Field, Grey
-from pipeline.unet.patches import IGNORED, Patch
+from pipeline.unet.training.augment import Field, Grey
+from pipeline.unet.training.patches import IGNORED, Patch
 
 _BLUR_REACH = 4.0
 _ALL_KNOWN = 1 - 1e-4

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pipeline.config import EngineName, Scheme
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.operators import Operator, resolve
-from pipeline.unet.program import Argument, Program
+from pipeline.unet.foreign.operators import Operator, resolve
+from pipeline.unet.foreign.program import Argument, Program
 from pipeline.unet.settings import LARGEST_CLASS, Head
 
 GRAPH = "graph"  # name of the tensor that holds the program's JSON, uint8

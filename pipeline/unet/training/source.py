@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import Sliceable, read_mirrored
 from pipeline.store.scaling import Window
-from pipeline.unet.resampled import Steps, seen_region
-from pipeline.unet.targets import Target
+from pipeline.unet.training.resampled import Steps, seen_region
+from pipeline.unet.training.targets import Target
 
 
 @dataclass(frozen=True, slots=True)

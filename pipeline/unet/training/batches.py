@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from pipeline.unet.patches import Patch, Patches
+from pipeline.unet.training.patches import Patch, Patches
 
 AHEAD = 2
 N_READERS = 8

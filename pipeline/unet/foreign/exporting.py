@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import ModelError
-from pipeline.unet.pt2 import Exported, read_pt2
-from pipeline.unet.recorder import recorded
+from pipeline.unet.foreign.pt2 import Exported, read_pt2
+from pipeline.unet.foreign.recorder import recorded
 
 
 def exported(network: nn.Module, shape: tuple[int, ...]) -> Exported:

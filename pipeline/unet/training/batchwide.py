@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.unet.network import channels_last
-from pipeline.unet.team import Team, added
+from pipeline.unet.training.team import Team, added
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.course import Validation
-from pipeline.unet.losses import Objective
 from pipeline.unet.network import UNet, classes_of
-from pipeline.unet.patches import IGNORED, Patches
 from pipeline.unet.settings import Head, closed_form_rule
-from pipeline.unet.source import Source
-from pipeline.unet.warp import Batch, batch_of
+from pipeline.unet.training.course import Validation
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.patches import IGNORED, Patches
+from pipeline.unet.training.source import Source
+from pipeline.unet.training.warp import Batch, batch_of
 
 MOST_VOXELS = 2**21  # five slices of 512 x 512: a tenth of the time of the 50 steps between two validations
 _LARGEST_CORE = {2: 512, 3: 96}

@@ -12,15 +12,15 @@ from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.store.scaling import Limits, Scaling
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.augment import Augmentation
-from pipeline.unet.losses import Loss
-from pipeline.unet.resampled import checked_size
 from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, Upsampling
-from pipeline.unet.typed import typed
+from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.resampled import checked_size
+from pipeline.unet.training.typed import typed
 
 LARGEST_ANISOTROPY = 3.0
 FEWEST_SLICES_3D = 16
-_SHIPPED = Path(__file__).parents[1] / "recipes"
+_SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
 class Schedule(StrEnum):

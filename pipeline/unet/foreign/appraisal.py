@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.foreign import ForeignNetwork, ForeignSettings
+from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 
 # of what is alive, what the heap and the convolutions' workspace take beside it; as for ours (memory.ALLOCATOR)
 ALLOCATOR = 2.5

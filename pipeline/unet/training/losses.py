@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.patches import IGNORED
-from pipeline.unet.team import total
+from pipeline.unet.training.patches import IGNORED
+from pipeline.unet.training.team import total
 
 
 class Loss(StrEnum):

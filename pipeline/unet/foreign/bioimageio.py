@@ -21,8 +21,8 @@ from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.exporting import exported, exported_script
-from pipeline.unet.pt2 import Exported
+from pipeline.unet.foreign.exporting import exported, exported_script
+from pipeline.unet.foreign.pt2 import Exported
 from pipeline.unet.settings import Head
 
 TAKEN = ("pytorch_state_dict", "torchscript")

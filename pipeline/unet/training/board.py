@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ArgumentError
 from pipeline.store.location import Location
-from pipeline.unet.course import Step, Validation
+from pipeline.unet.training.course import Step, Validation
 
 
 class Board:

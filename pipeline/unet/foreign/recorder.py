@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import ModelError
-from pipeline.unet.program import Argument, Call, Program, number_of, value_of
-from pipeline.unet.pt2 import Exported
+from pipeline.unet.foreign.program import Argument, Call, Program, number_of, value_of
+from pipeline.unet.foreign.pt2 import Exported
 
 
 def recorded(network: Any, x: Tensor) -> Exported:  # noqa: ANN401 a module or a TorchScript archive's

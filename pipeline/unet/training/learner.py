@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from pipeline.config import Precision
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.batchwide import widen
-from pipeline.unet.losses import Objective
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.numbers import widened
-from pipeline.unet.recipe import Optimiser, Recipe
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
-from pipeline.unet.team import ALONE, Team
-from pipeline.unet.warp import Batch
+from pipeline.unet.training.batchwide import widen
+from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.recipe import Optimiser, Recipe
+from pipeline.unet.training.team import ALONE, Team
+from pipeline.unet.training.warp import Batch
 
 
 def training_rule(settings: UNetSettings) -> TileRule:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.unet.recipe import Recipe, Schedule
+from pipeline.unet.training.recipe import Recipe, Schedule
 
 _FACTOR = 0.5
 

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 
 from pipeline.errors import ArgumentError
-from pipeline.unet.checkpoint import CheckpointFile
-from pipeline.unet.course import Step, Validation
-from pipeline.unet.fit import Fitted, fit
-from pipeline.unet.launch import launch
-from pipeline.unet.patches import Patches
-from pipeline.unet.recipe import Recipe
 from pipeline.unet.settings import UNetSettings
-from pipeline.unet.team import Team
+from pipeline.unet.training.checkpoint import CheckpointFile
+from pipeline.unet.training.course import Step, Validation
+from pipeline.unet.training.fit import Fitted, fit
+from pipeline.unet.training.launch import launch
+from pipeline.unet.training.patches import Patches
+from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.team import Team
 
 
 def processes_for(device: str, *, asked: int | None, n_patches: int) -> int:

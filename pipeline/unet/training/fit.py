@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
-from pipeline.unet.batches import batches, network_seed
-from pipeline.unet.checkpoint import Checkpoint, CheckpointFile
-from pipeline.unet.course import Step, Validation, best_of, is_best, is_over, rate
 from pipeline.unet.engine import keep_freed_memory
-from pipeline.unet.learner import Learner
-from pipeline.unet.losses import Objective, balanced
-from pipeline.unet.patches import Patches
-from pipeline.unet.recipe import Recipe
 from pipeline.unet.settings import UNetSettings
-from pipeline.unet.team import ALONE, Team
-from pipeline.unet.validation import validate
-from pipeline.unet.warp import batch_of
+from pipeline.unet.training.batches import batches, network_seed
+from pipeline.unet.training.checkpoint import Checkpoint, CheckpointFile
+from pipeline.unet.training.course import Step, Validation, best_of, is_best, is_over, rate
+from pipeline.unet.training.learner import Learner
+from pipeline.unet.training.losses import Objective, balanced
+from pipeline.unet.training.patches import Patches
+from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.team import ALONE, Team
+from pipeline.unet.training.validation import validate
+from pipeline.unet.training.warp import batch_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

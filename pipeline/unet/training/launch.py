@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from pipeline.errors import PipelineError, RunError
-from pipeline.unet.team import Team, joined
+from pipeline.unet.training.team import Team, joined
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")

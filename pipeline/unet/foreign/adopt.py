@@ -11,10 +11,10 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.foreign import GRAPH, WEIGHTS, ForeignNetwork, ForeignSettings, graph_tensor, shapes_of
+from pipeline.unet.foreign.network import GRAPH, WEIGHTS, ForeignNetwork, ForeignSettings, graph_tensor, shapes_of
+from pipeline.unet.foreign.onesize import measure_one_size
+from pipeline.unet.foreign.pt2 import Exported
 from pipeline.unet.model import Model
-from pipeline.unet.onesize import measure_one_size
-from pipeline.unet.pt2 import Exported
 from pipeline.unet.receptive import measure_tile_rule
 from pipeline.unet.settings import Head
 

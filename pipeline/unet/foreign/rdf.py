@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.scaling import USUAL_PERCENTILES
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.bioimageio import Package
+from pipeline.unet.foreign.bioimageio import Package
+from pipeline.unet.foreign.torchscript import traced
 from pipeline.unet.model import Model, build
 from pipeline.unet.network import probabilities_of
 from pipeline.unet.settings import Head
-from pipeline.unet.torchscript import traced
 
 FORMAT = "0.5.4"
 WEIGHTS, README = "weights.pt", "README.md"

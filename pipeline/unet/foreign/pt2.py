@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError
-from pipeline.unet.program import Argument, Call, Program, number_of, value_of
+from pipeline.unet.foreign.program import Argument, Call, Program, number_of, value_of
 
 SCHEMA = 8
 # As torch._export.serde.schema.ScalarType numbers them.

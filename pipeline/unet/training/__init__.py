@@ -1,0 +1,1 @@
+"""Training: patches, their changes, losses, the loop, and what it leaves behind."""
