@@ -7,9 +7,9 @@ from test_unet_predict import scan_of, trained, whole
 
 from pipeline.geometry.box import Box
 from pipeline.labels.metrics import ContingencyTable
-from pipeline.unet.training import validation
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.training import validation
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.losses import Objective
 from pipeline.unet.training.patches import Patches, Source, orientations
