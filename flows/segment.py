@@ -59,7 +59,8 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
-    get_run_logger().info("%d blocks, %d to do, in %d columns", len(plan.grid), n_missing, plan.n_units)
+    kind = "columns" if plan.columns else "tiles"
+    get_run_logger().info("%d blocks, %d to do, in %d %s", len(plan.grid), n_missing, plan.n_units, kind)
     with (
         _runner(shared, n_missing=n_missing, cluster=cluster, workers=workers) as run,
         watched(key=key, count=lambda: len(plan.done()), n_voxels=prod(plan.grid.shape)) as watch,

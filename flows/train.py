@@ -17,7 +17,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.parameters import ImagePaths, LabelName, Minutes, ModelPath, RecipePath
+from flows.parameters import HeldOut, ImagePaths, Minutes, ModelPath, RecipePath, Targets, TruthName
 from flows.stages import failed, stage
 from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, rewrite, shown, slug
 from pipeline.errors import PipelineError
@@ -35,7 +35,7 @@ class Course:
 
     def __init__(self, model: str, *, n_steps: int, minutes: float) -> None:
         self._model, self._n_steps, self._minutes = model, n_steps, minutes
-        self._key, self._curve = slug(Location(model).name), list[Validation]()
+        self._key, self._curve = slug(_name(model)), list[Validation]()
         self._begin_s, self._written_s = monotonic(), -math.inf
         self._progress, self._table = cast("UUID | None", None), cast("UUID | None", None)
 
@@ -98,15 +98,25 @@ class Course:
         ]  # fmt: skip
 
 
+def _name(model: str) -> str:
+    """Return what a model is called: its file, or of a version, 1.safetensors, with the name in front."""
+    file = Location(model)
+    return f"{file.parent.name}-{file.name}" if file.name.partition(".")[0].isdigit() else file.name
+
+
 def _figures(each: Validation) -> dict[str, str]:
     name, _, figures = each.told.partition(" ")
     return {f"{name} held out": figures}
 
 
 @stage("train")
-def train_stage(images: list[str], labels: str, model: str, minutes: float, recipe: str | None) -> dict[str, Any]:
+def train_stage(
+    images: list[str], labels: str | None, model: str, minutes: float, recipe: str | None, *, targets: list[str],
+    held_out: list[str],
+) -> dict[str, Any]:
     """Train, and show the validations while they come; a run that was killed goes on, see ``train``."""
-    log, settings = get_run_logger(), load_recipe(recipe) if recipe else Recipe()
+    log, named = get_run_logger(), recipe or ("regression" if targets else None)
+    settings = load_recipe(named) if named else Recipe()
     course = Course(model, n_steps=settings.steps, minutes=minutes)
 
     def on_progress(now: Validation) -> None:
@@ -114,8 +124,8 @@ def train_stage(images: list[str], labels: str, model: str, minutes: float, reci
         course.put(now)
 
     result = train(
-        images, labels=labels, model=model, recipe=settings, minutes=minutes, device=pick_device("auto"),
-        on_progress=on_progress,
+        images, labels=labels, targets=targets, held_out=held_out, model=model, recipe=settings, minutes=minutes,
+        device=pick_device("auto"), on_progress=on_progress,
     )
     course.write(percent=100)
     course.write_picture(Location(f"{result.path}.curves.png").read_bytes())
@@ -124,15 +134,16 @@ def train_stage(images: list[str], labels: str, model: str, minutes: float, reci
 
 @flow(name="train", flow_run_name="train {model}")
 def train_model(
-    images: ImagePaths, labels: LabelName, model: ModelPath, minutes: Minutes = 30.0, recipe: RecipePath = None
+    images: ImagePaths, labels: TruthName, model: ModelPath, minutes: Minutes = 30.0, recipe: RecipePath = None,
+    held_out: HeldOut = [], targets: Targets = [],  # noqa: B006 shown in the UI's form
 ) -> dict[str, Any]:
-    """Train a model on the label volume ``labels`` of every image; returns its figures.
+    """Train a model on the label volume ``labels`` of every image, or to make its target of it; returns its figures.
 
     A model that is told by name becomes the next version of it, which other flows then find by that name.
     """
     try:
         with logged(), to_be_written(model) as path:
-            check_paths(path, None if recipe in shipped() else recipe, *images)
-            return train_stage(images, labels, path, minutes, recipe)
+            check_paths(path, None if recipe in shipped() else recipe, *images, *held_out, *targets)
+            return train_stage(images, labels, path, minutes, recipe, targets=targets, held_out=held_out)
     except PipelineError as error:
         return cast("dict[str, Any]", failed(error))

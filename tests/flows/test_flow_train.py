@@ -36,6 +36,19 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-safetensors-curves").data
 
 
+def test_a_named_model_that_makes_images_is_trained_and_shown_by_its_name(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HALOSEG_MODELS", str(tmp_path / "models"))
+    images = [image_of(tmp_path, name, *textures((64, 64), seed=seed)) for seed, name in enumerate("ab")]
+    (tmp_path / "r.toml").write_text(
+        'loss = "l1"\nwidth = 2\ndepth = 1\npatch = 16\nbatch = 2\nsteps = 2\nvalidate_every = 2\n'
+    )
+    recipe = str(tmp_path / "r.toml")
+    result = train_model(images[:1], None, "clean", recipe=recipe, held_out=images[1:], targets=images)
+    assert result["model"] == str(tmp_path / "models/clean/1.safetensors")
+    assert [each["held_out"] is None for each in load_model(result["model"]).training["images"]] == [True, False]
+    assert Artifact.get(key="clean-1-safetensors-train").data == 100.0
+
+
 def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):
     state = train_model([str(tmp_path / "none.zarr")], "truth", str(tmp_path / "m"), return_state=True)
     assert state.is_failed()
