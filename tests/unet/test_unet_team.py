@@ -18,6 +18,7 @@ from pipeline.unet.training.launch import launch
 from pipeline.unet.training.losses import Loss
 from pipeline.unet.training.processes import processes_for
 from pipeline.unet.training.recipe import Optimiser, Schedule
+from pipeline.unet.training.targets import UNKNOWN, Target
 from pipeline.unet.training.team import ALONE, Team
 
 # Rates of sgd follow the gradient; adamw makes a whole step of the rounding where a gradient is zero.
@@ -42,11 +43,18 @@ CASES = {
 def lesson_of(recipe):
     """Return settings and patches; labels are sparse to the left and borders weigh: no two patches count alike."""
     shape = (24, 40, 72) if recipe.dims == 3 else (128, 144)
-    settings = recipe.network(dims=recipe.dims or 2, in_channels=1, n_classes=2)
+    values = recipe.loss.is_of_values
+    settings = recipe.network(dims=recipe.dims or 2, in_channels=1, n_classes=1 if values else 2)
     learn, check = patches_of(shape, settings, recipe)
     (source,) = learn.sources
     labels = source.labels.copy()
     labels[..., : shape[-1] // 2][np.random.default_rng(0).random((*shape[:-1], shape[-1] // 2)) < 0.9] = 255
+    if values:
+        target = Target(source.image[..., ::-1].copy(), source.windows, (255.0,))
+        known = replace(source, labels=(labels == 255) * np.uint8(UNKNOWN), target=target)
+        held_out = replace(check.sources[0], labels=np.zeros_like(labels), target=target)
+        learn, check = (replace(each, class_values=(0,), ignore=UNKNOWN) for each in (learn, check))
+        return settings, replace(learn, sources=(known,)), replace(check, sources=(held_out,))
     borders = np.linspace(0, 5, labels.size, dtype=np.float32).reshape(labels.shape)
     borders = borders if recipe.loss.takes_weights else None
     return settings, replace(learn, sources=(replace(source, labels=labels, borders=borders),), ignore=255), check
