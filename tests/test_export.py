@@ -14,6 +14,7 @@ from volumes import model_file
 
 from pipeline.errors import ArgumentError
 from pipeline.export import export_bioimageio
+from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.adopt import Description, adopt
 from pipeline.unet.foreign.pt2 import read_pt2
 from pipeline.unet.model import load_model, save_model
@@ -28,6 +29,8 @@ CASES = {
         UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, head=Head.SIGMOID, n_classes=1, in_channels=2), {}
     ),
     "a foreign one": (None, {}),
+    "a window": (VALID, {"normalisation": Normalisation.WINDOW, "limits": ((60.0, 200.0),)}),
+    "two percentiles": (VALID, {"normalisation": Normalisation.PERCENTILE, "limits": ((0.5, 99.5),)}),
 }  # fmt: skip
 
 
@@ -54,15 +57,33 @@ def files_of(path):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def as_described(raw, steps):
+    """Return intensities after the steps of a description, as bioimage.io defines them."""
+    space, x = tuple(range(2, raw.ndim)), raw.astype(np.float64)
+    for step in steps:
+        about = step["kwargs"]
+        match step["id"]:
+            case "ensure_dtype":
+                assert about == {"dtype": "float32"}
+            case "zero_mean_unit_variance":
+                x = (x - x.mean(space, keepdims=True)) / (x.std(space, keepdims=True) + about["eps"])
+            case "scale_range":
+                ends = about["min_percentile"], about["max_percentile"]
+                low, high = np.percentile(x, ends, axis=space, keepdims=True)
+                x = (x - low) / (high - low + about["eps"])
+            case "clip":
+                x = x.clip(about["min"], about["max"])
+            case "scale_linear":
+                x = x * about["gain"] + about["offset"]
+    return x.astype(np.float32)
+
+
 def test_weights_and_test_tensors_are_those_of_the_model(packed):
     model, out = load_model(packed[0]), files_of(packed[1])
     described = yaml.safe_load(out["rdf.yaml"])
     raw, likely = (np.load(io.BytesIO(out[f"test_{end}.npy"])) for end in ("input", "output"))
     assert raw.dtype == likely.dtype == np.float32
-    (normalise,) = described["inputs"][0]["preprocessing"][1:]
-    assert normalise["id"] == "zero_mean_unit_variance"
-    space = tuple(range(2, raw.ndim))
-    scaled = (raw - raw.mean(space, keepdims=True)) / (raw.std(space, keepdims=True) + normalise["kwargs"]["eps"])
+    scaled = as_described(raw, described["inputs"][0]["preprocessing"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 deprecates TorchScript
         script = torch.jit.load(io.BytesIO(out["weights.pt"]))
@@ -122,10 +143,14 @@ def test_the_same_model_is_the_same_package(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "name", "message"), [("x.tar", "", "must be a .zip"), ("x.zip", "abc", "5 to 128 letters")]
+    ("out", "name", "about", "message"),
+    [
+        ("x.tar", "", {}, "must be a .zip"), ("x.zip", "abc", {}, "5 to 128 letters"),
+        ("x.zip", "", {"normalisation": Normalisation.DTYPE}, "no word for normalisation dtype"),
+    ],
 )
-def test_packages_that_would_not_be_valid_are_refused(tmp_path, out, name, message):
-    model = model_file(tmp_path / "m.safetensors", VALID)
+def test_packages_that_would_not_be_valid_are_refused(tmp_path, out, name, about, message):
+    model = model_file(tmp_path / "m.safetensors", VALID, **about)
     with pytest.raises(ArgumentError, match=message):
         export_bioimageio(model, str(tmp_path / out), name=name)
     assert not (tmp_path / out).exists()

@@ -118,7 +118,7 @@ def test_a_package_of_the_older_format_is_taken(tmp_path):
     assert (model.settings.head, model.classes) == (Head.SIGMOID, ("none", "a", "b"))
 
 
-@pytest.mark.parametrize("head", Head)
+@pytest.mark.parametrize("head", [Head.SOFTMAX, Head.SIGMOID])
 def test_a_model_that_goes_out_as_a_package_comes_back_the_same(tmp_path, head):
     settings = UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME, head=head, n_classes=2, in_channels=2)
     ours = model_file(tmp_path / "m.safetensors", settings, normalisation=Normalisation.PERCENTILE)
