@@ -23,7 +23,7 @@ from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, rewrite, s
 from pipeline.errors import PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
-from pipeline.store.shelf import to_be_written
+from pipeline.store.shelf import called, to_be_written
 from pipeline.train import train
 from pipeline.unet.device import pick_device
 from pipeline.unet.training.course import Validation, best_of
@@ -35,7 +35,7 @@ class Course:
 
     def __init__(self, model: str, *, n_steps: int, minutes: float) -> None:
         self._model, self._n_steps, self._minutes = model, n_steps, minutes
-        self._key, self._curve = slug(_name(model)), list[Validation]()
+        self._key, self._curve = slug(called(model)), list[Validation]()
         self._begin_s, self._written_s = monotonic(), -math.inf
         self._progress, self._table = cast("UUID | None", None), cast("UUID | None", None)
 
@@ -96,12 +96,6 @@ class Course:
              **_figures(each), "best so far": "yes" if each is best else ""}
             for each in self._curve
         ]  # fmt: skip
-
-
-def _name(model: str) -> str:
-    """Return what a model is called: its file, or of a version, 1.safetensors, with the name in front."""
-    file = Location(model)
-    return f"{file.parent.name}-{file.name}" if file.name.partition(".")[0].isdigit() else file.name
 
 
 def _figures(each: Validation) -> dict[str, str]:

@@ -138,7 +138,7 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
 
 def _add_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("network", metavar="FILE", help="program (.pt2), package (.zip, rdf.yaml) or smp:NAME")
-    verb.add_argument("--model", required=True, metavar="FILE", help="the model file to write (.safetensors)")
+    verb.add_argument("--model", required=True, metavar="NAME|FILE", help="the model: a name, or a file to write")
     verb.add_argument("--classes", type=_words, default=(), metavar="A,B,..", help="names, none first with a sigmoid")
     verb.add_argument("--channels", type=_words, default=(), metavar="A,B,..", help="names of the image's channels")
     verb.add_argument("--normalisation", metavar="HOW", help="zscore (default), percentile, range or none, per scan")

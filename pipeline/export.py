@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, ModelError
-from pipeline.store.location import Location
+from pipeline.store.shelf import called, model_path
 from pipeline.unet.foreign.rdf import packaged
 from pipeline.unet.model import load_model
 from pipeline.unet.whole import write_whole
@@ -36,8 +36,7 @@ def export_bioimageio(
     """
     if not out.endswith(".zip"):
         raise ArgumentError(f"a bioimage.io package must be a .zip, got {out}; name it so")
-    stem = Location(model).name.rpartition(".")[0] or Location(model).name
-    name = name or re.sub(r"[^A-Za-z0-9_\- ()+]", "-", f"haloseg {stem}")
+    name = name or re.sub(r"[^A-Za-z0-9_\- ()+]", "-", f"haloseg {called(model)}")
     if not re.fullmatch(r"[A-Za-z0-9_\- ()+]{5,128}", name):
         raise ArgumentError(f"a name must be 5 to 128 letters, digits, blanks or _-()+, got {name}; give --name")
     network = load_model(model)
@@ -58,7 +57,8 @@ def export_bioimageio(
 def command(args: Namespace) -> dict[str, Any]:
     """Export what the command line names."""
     description = export_bioimageio(
-        args.model, args.bioimageio, name=args.name or "", authors=tuple(args.author), licence=args.licence or ""
+        model_path(args.model), args.bioimageio, name=args.name or "", authors=tuple(args.author),
+        licence=args.licence or "",
     )
     weights = description["weights"]["torchscript"]
     return {

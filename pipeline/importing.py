@@ -14,6 +14,7 @@ import yaml
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location
+from pipeline.store.shelf import to_be_written
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.adopt import Description, adopt
 from pipeline.unet.foreign.bioimageio import Package, package_of
@@ -118,7 +119,8 @@ def command(args: Namespace) -> dict[str, Any]:
         model = import_package(args.network, about=about, trust=args.trust)
     else:
         model = import_program(args.network, about=about, output=args.output)
-    return described(save_model(model, args.model), args.model)
+    with to_be_written(args.model) as path:
+        return described(save_model(model, path), path)
 
 
 def _import_smp(args: Namespace, about: Description) -> Model:

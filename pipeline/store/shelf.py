@@ -38,6 +38,13 @@ def model_path(model: str) -> str:
     return str(_root() / name / f"{version or there[-1]}{ENDING}")
 
 
+def called(path: str) -> str:
+    """Return what a model file is called: its name without the ending, ``cells-1`` of ``cells/1.safetensors``."""
+    file = Location(path)
+    stem = file.name.removesuffix(ENDING)
+    return f"{file.parent.name}-{stem}" if stem.isdigit() else stem
+
+
 @contextmanager
 def to_be_written(model: str) -> Iterator[str]:
     """Yield where a model is to be written: at its path, or, told by name, as the next version, for this run alone.

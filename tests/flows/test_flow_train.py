@@ -24,7 +24,7 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     model = str(tmp_path / "flow.safetensors")
     result = train_model([image], "truth", model, recipe=str(tmp_path / "r.toml"))
     assert result["steps"] == 6
-    progress, table = Artifact.get(key="flow-safetensors-train"), Artifact.get(key="flow-safetensors-curve")
+    progress, table = Artifact.get(key="flow-train"), Artifact.get(key="flow-curve")
     assert progress.data == 100.0
     best = load_model(model).training["best"]
     assert progress.description.startswith("step 6 of 6, ")
@@ -33,7 +33,7 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["step"] for row in rows if row["best so far"]] == [best["step"]]
     picture = base64.b64encode((tmp_path / "flow.safetensors.curves.png").read_bytes()).decode()
-    assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-safetensors-curves").data
+    assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-curves").data
 
 
 def test_a_named_model_that_makes_images_is_trained_and_shown_by_its_name(server, tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_a_named_model_that_makes_images_is_trained_and_shown_by_its_name(server
     result = train_model(images[:1], None, "clean", recipe=recipe, held_out=images[1:], targets=images)
     assert result["model"] == str(tmp_path / "models/clean/1.safetensors")
     assert [each["held_out"] is None for each in load_model(result["model"]).training["images"]] == [True, False]
-    assert Artifact.get(key="clean-1-safetensors-train").data == 100.0
+    assert Artifact.get(key="clean-1-train").data == 100.0
 
 
 def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import ArgumentError, ModelError, TakenError
 from pipeline.store.location import Location
-from pipeline.store.shelf import model_path, to_be_written
+from pipeline.store.shelf import called, model_path, to_be_written
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -32,6 +32,8 @@ def test_a_name_is_its_newest_version_and_a_path_is_a_path(shelf, tmp_path):
         assert model_path(path) == path
         with to_be_written(path) as same:
             assert same == path
+    paths = (f"{shelf}/cells/10.safetensors", "a/nuclei.safetensors")
+    assert [called(path) for path in paths] == ["cells-10", "nuclei"]
     (tmp_path / "cells").write_bytes(b"a file of this name")
     assert model_path("cells") == "cells"
 
