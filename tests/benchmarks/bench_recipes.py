@@ -50,6 +50,7 @@ from pipeline.unet.training.borders import Separated
 from pipeline.unet.training.course import Validation
 from pipeline.unet.training.recipe import load_recipe
 
+UNLABELLED = 2**31
 NOISE = 20  # standard deviation of what is added, of 255 grey values
 THRESHOLDS = np.arange(0.1, 0.95, 0.1)
 FOLDS = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 24))
@@ -116,12 +117,20 @@ def bodies(data, fold):
     return [Part("first", voxels[:135], truth[:135], size)], [], [Part("last", voxels[135:], truth[135:], size)]
 
 
+def hardly_labelled(data, fold):
+    """Return the same volume with a tenth of its slices labelled, compared with the whole truth as before."""
+    (learn,), _, test = bodies(data, fold)
+    truth = np.where(np.arange(len(learn.truth))[:, None, None] % 10, UNLABELLED, learn.truth)
+    return [replace(learn, name="sparse", truth=truth.astype(np.uint32))], [], test
+
+
 CASES = {
     "membrane2d": membranes,
     "nuclei2d": lambda data, fold: nuclei(data, fold, "gray_dark", 1),
     "slide-tissue": lambda data, fold: nuclei(data, fold, "colour_bright", 3),
     "cells-phase": phase,
     "boundary3d": bodies,
+    "boundary3d-sparse": hardly_labelled,
     "regression": noisy,
 }
 
@@ -193,7 +202,8 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("build/bench/recipes"))
     args = parser.parse_args()
     learn, check, test = CASES[args.case](Path(os.environ["HALOSEG_DATA"]), args.fold)
-    recipe = load_recipe(args.recipe or args.case)
+    recipe = load_recipe(args.recipe or args.case.removesuffix("-sparse"))
+    recipe = replace(recipe, ignore=UNLABELLED) if args.case.endswith("-sparse") else recipe
     recipe = replace(recipe, steps=args.steps or recipe.steps, precision=args.precision)
     data = args.folder / args.case
     data.mkdir(parents=True, exist_ok=True)
