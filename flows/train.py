@@ -68,10 +68,13 @@ class Course:
         made = shown(lambda: create_table_artifact(rows, key=f"{self._key}-curve", description=told))
         self._table = made if isinstance(made, UUID) else None
 
-    def write_picture(self, png: bytes) -> None:
-        """Show the learning curves, once the training is over."""
-        data = base64.b64encode(png).decode()
-        page = f"# Curves\n\n{self.summary}\n\n![learning curves](data:image/png;base64,{data})\n"
+    def write_pictures(self, curves: bytes, sample: bytes) -> None:
+        """Show the learning curves, and what the network makes of a part that is held out, at the end."""
+        drawn = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (curves, sample))
+        page = (
+            "# Curves\n\n{}\n\n![learning curves]({})\n\n# Held out\n\nImage, truth, and what the network makes of it."
+            "\n\n![image, truth, prediction]({})\n"
+        ).format(self.summary, *drawn)
         shown(lambda: create_markdown_artifact(page, key=f"{self._key}-curves"))
 
     @property
@@ -122,7 +125,7 @@ def train_stage(
         device=pick_device("auto"), on_progress=on_progress,
     )
     course.write(percent=100)
-    course.write_picture(Location(f"{result.path}.curves.png").read_bytes())
+    course.write_pictures(*(Location(f"{result.path}.{kind}.png").read_bytes() for kind in ("curves", "sample")))
     return result.to_json()
 
 

@@ -1,4 +1,4 @@
-"""Preview: a picture of what a network would learn from, changed as its recipe says."""
+"""Preview: a picture of what a network would learn from, changed as its recipe says; and of what it has learnt."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pipeline.store.labels import LABEL_COLOURS
 from pipeline.unet.training.batches import batches
 from pipeline.unet.training.patches import IGNORED
 from pipeline.unet.training.recipe import Recipe
+from pipeline.unet.training.validation import Sample
 from pipeline.unet.training.warp import batch_of
 
 N_PATCHES = 6
@@ -76,6 +77,19 @@ def preview(
     except OSError as error:
         raise ArgumentError(f"a preview must be a file that can be written, got {path} ({error.strerror})") from error
     return Preview(path, lesson.learn.tile, N_PATCHES)
+
+
+def draw_sample(sample: Sample) -> bytes:
+    """Return a PNG, side by side: a part of what is held out, its truth, what the network makes of it."""
+    x, truth, found = (_middle(each) for each in (sample.image, sample.truth, sample.found))
+    inner = tuple(slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape, truth.shape, strict=True))
+    grey = _grey(x[inner])
+    real = truth.dtype.kind == "f"
+    panels = [grey, *(_grey(each) if real else _over(grey, each) for each in (truth, found))]
+    gap = _gap(grey.shape[0], axis=1)
+    strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+    enlarged = max(1, _WIDTH // grey.shape[1])
+    return bytes(imagecodecs.png_encode(strip.repeat(enlarged, axis=0).repeat(enlarged, axis=1)))
 
 
 def _middle(x: NDArray[Any]) -> NDArray[Any]:

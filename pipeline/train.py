@@ -16,13 +16,12 @@ from rich.console import Console
 from pipeline.curves import CurvesFile
 from pipeline.learning import learning
 from pipeline.lesson import Lesson, open_lesson
-from pipeline.preview import preview
+from pipeline.preview import draw_sample, preview
 from pipeline.store.image import Image
 from pipeline.store.labels import Labels
-from pipeline.store.location import Location
-from pipeline.store.shelf import to_be_written
+from pipeline.store.shelf import called, to_be_written
 from pipeline.unet.device import pick_device
-from pipeline.unet.model import Model, save_model
+from pipeline.unet.model import Model, build_unet, save_model
 from pipeline.unet.settings import closed_form_rule
 from pipeline.unet.training.board import board
 from pipeline.unet.training.checkpoint import CheckpointFile
@@ -30,6 +29,8 @@ from pipeline.unet.training.course import Step, Validation
 from pipeline.unet.training.fit import Fitted, fit
 from pipeline.unet.training.processes import fit_together, processes_for
 from pipeline.unet.training.recipe import Recipe, load_recipe
+from pipeline.unet.training.validation import sample
+from pipeline.unet.whole import write_whole
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -75,7 +76,7 @@ def train(
     the last slices of a volume, the bottom of a slide. The weights of lowest loss there are kept. A run that was killed
     goes on, with the same arguments, from its last validation, as FILE.checkpoint beside the model file says; the model
     is the one that it would have made undisturbed, bit by bit, unless ``minutes`` are given. FILE.curves.png shows how
-    it goes, and how it went.
+    it goes, and how it went, FILE.sample.png what the network makes of a part that is held out.
 
     Parameters
     ----------
@@ -101,7 +102,7 @@ def train(
     n = processes_for(device, asked=processes, n_patches=recipe.batch_size(settings.dims))
     source |= {"processes": n}
     checkpoint = CheckpointFile(f"{model}.checkpoint", source | {"minutes": minutes})
-    curves = CurvesFile(f"{model}.curves.png", Location(model).name, lesson.classes)
+    curves = CurvesFile(f"{model}.curves.png", called(model), lesson.classes)
     with board(tensorboard, classes=lesson.classes) as log:
 
         def validated(now: Validation) -> None:
@@ -124,6 +125,8 @@ def train(
         target_windows=lesson.target_windows, input_windows=lesson.input_windows,
     )  # fmt: skip
     saved = save_model(made, model)
+    shown = sample(build_unet(made, device), lesson.check, device=device)
+    write_whole(f"{model}.sample.png", draw_sample(shown))
     curves.write()
     checkpoint.remove()
     return TrainResult(saved, str(model), fitted.best, fitted.n_steps, fitted.n_before, perf_counter() - begin)

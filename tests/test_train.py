@@ -177,7 +177,8 @@ def test_a_run_that_was_killed_makes_the_same_file_when_it_is_run_again(slide, t
     assert json.loads(printed.out)["steps_before"] in range(20, 60, 10)
     assert printed.err.count("held out") == 6
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
-    pictures = {"whole.curves.png", "killed.curves.png"}
+    pictures = {f"{name}.{kind}.png" for name in ("whole", "killed") for kind in ("curves", "sample")}
+    assert (tmp_path / "killed.sample.png").read_bytes() == (tmp_path / "whole.sample.png").read_bytes()
     assert {each.name for each in tmp_path.iterdir()} == {"r.toml", "whole", "killed"} | pictures
 
 

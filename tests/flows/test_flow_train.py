@@ -32,8 +32,9 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     rows = json.loads(table.data)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["step"] for row in rows if row["best so far"]] == [best["step"]]
-    picture = base64.b64encode((tmp_path / "flow.safetensors.curves.png").read_bytes()).decode()
-    assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-curves").data
+    for kind in ("curves", "sample"):
+        picture = base64.b64encode((tmp_path / f"flow.safetensors.{kind}.png").read_bytes()).decode()
+        assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-curves").data
 
 
 def test_a_named_model_that_makes_images_is_trained_and_shown_by_its_name(server, tmp_path, monkeypatch):

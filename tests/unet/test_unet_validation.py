@@ -12,8 +12,8 @@ from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 from pipeline.unet.training import validation
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.losses import Objective
-from pipeline.unet.training.patches import Patches, Source, orientations
-from pipeline.unet.training.validation import validate
+from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.validation import sample, validate
 
 WINDOW = ((100.0, 1 / 64),)
 
@@ -62,6 +62,28 @@ def test_validation_is_what_whole_scan_inference_shows_in_the_region(settings, s
     assert found.dice == pytest.approx([each.dice for each in table.figures().classes], abs=1e-12)
     assert found.loss == pytest.approx(loss / n, rel=1e-5)
     assert (found.step, found.train_loss) == (7, 0.5)
+
+
+@pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=["same", "valid", "slices", "3-D"])
+def test_a_sample_is_a_part_of_what_is_held_out_and_what_the_whole_scan_gives_there(settings, shape, region):
+    net, source = trained(settings, seed=1), labelled(shape, region, seed=3)
+    shown = sample(net, patches_of((source,), n_axes=settings.dims, n_values=3), device="cpu")
+    classes = whole(net, source.image, closed_form_rule(settings)).argmax(0)
+    counted = shown.truth != IGNORED
+    slices = range(region.start[0], region.stop[0]) if settings.dims < len(shape) else [slice(None)]
+    matches = []
+    for z in slices:  # the sample lies in one of them
+        truth = np.full(classes.shape, IGNORED)
+        truth[region.slices] = source.labels[region.slices]
+        for at in np.ndindex(*(max(1, n - 1) for n in truth[z].shape)):
+            core = tuple(slice(a, a + m) for a, m in zip(at, shown.truth.shape, strict=True))
+            part = truth[z][core]
+            inside = tuple(slice(0, n) for n in part.shape)
+            if counted[inside].sum() == counted.sum() and np.array_equal(part, shown.truth[inside]):
+                matches.append((classes[z][core], shown.found[inside], counted[inside]))
+    assert matches
+    assert any(np.array_equal(want[where], got[where]) for want, got, where in matches)
+    assert shown.image.ndim == shown.truth.ndim == settings.dims
 
 
 def test_of_a_large_region_evenly_spread_tiles_are_tried(monkeypatch):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ArgumentError
@@ -52,6 +53,32 @@ def validate(
             "validation_fraction"
         )
     return Validation(step, train_loss, total / n_voxels, **tally.figures())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """What a network makes of a part of what is held out.
+
+    Attributes
+    ----------
+    image : float32, the first channel of what entered the network, (*tile)
+    truth, found : classes, int64 (*core), IGNORED where they do not count; of targets the first channel, float32
+    """
+
+    image: NDArray[np.float32]
+    truth: NDArray[Any]
+    found: NDArray[Any]
+
+
+def sample(network: UNet, patches: Patches, *, device: str) -> Sample:
+    """Return the middle one of the cores that the regions of the patches are cut into."""
+    places = _places(network, patches)
+    with torch.inference_mode():
+        logits, batch = _passed(network.eval(), patches, *places[len(places) // 2], device=device)
+    image = batch.images[0, 0].cpu().numpy()
+    if batch.target is not None:
+        return Sample(image, batch.target[0, 0].cpu().numpy(), logits[0, 0].cpu().numpy())
+    return Sample(image, batch.classes[0].cpu().numpy(), classes_of(logits, network.settings.head)[0].cpu().numpy())
 
 
 class _Tally(Protocol):
@@ -117,21 +144,30 @@ def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]
     return [core.round_up(rule.stride).shift(start) for core in rule.cores(shape, largest)]
 
 
-def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Source, Tensor, Batch]]:
-    """Yield logits and truth of the cores, of all of them or of as many as time allows, evenly spread."""
+def _places(network: UNet, patches: Patches) -> list[tuple[Source, Box]]:
+    """Return all cores, of one source after the other."""
     rule = closed_form_rule(network.settings)
     over = rule.over_slices() if len(patches.core) > rule.ndim else rule
     largest = (*(1,) * (over.ndim - rule.ndim), *(_LARGEST_CORE[rule.ndim],) * rule.ndim)
-    places = [
-        (source, core) for source in patches.sources for core in cores(source.seen, over, largest=largest)
-    ]  # fmt: skip
+    return [(source, core) for source in patches.sources for core in cores(source.seen, over, largest=largest)]
+
+
+def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[Source, Tensor, Batch]]:
+    """Yield logits and truth of the cores, of all of them or of as many as time allows, evenly spread."""
+    places = _places(network, patches)
     share = MOST_VOXELS / sum(core.n_voxels for _, core in places)
     n_kept = max(1, min(len(places), round(share * len(places))))
     for at in np.unique(np.linspace(0, len(places) - 1, n_kept).round().astype(int)):
-        source, core = places[at]
-        seen = replace(patches, core=core.shape, halo=over.halo)
-        batch = batch_of([seen.at(source, core)], device=device)
-        logits = network(batch.images)
-        for axis, (trim, n) in enumerate(zip(rule.trim, core.shape[-rule.ndim :], strict=True), start=2):
-            logits = logits.narrow(axis, trim, n)
-        yield source, logits, batch
+        yield places[at][0], *_passed(network, patches, *places[at], device=device)
+
+
+def _passed(network: UNet, patches: Patches, source: Source, core: Box, *, device: str) -> tuple[Tensor, Batch]:
+    """Return the logits of a core, and the batch of it alone."""
+    rule = closed_form_rule(network.settings)
+    over = rule.over_slices() if len(patches.core) > rule.ndim else rule
+    seen = replace(patches, core=core.shape, halo=over.halo)
+    batch = batch_of([seen.at(source, core)], device=device)
+    logits: Tensor = network(batch.images)
+    for axis, (trim, n) in enumerate(zip(rule.trim, core.shape[-rule.ndim :], strict=True), start=2):
+        logits = logits.narrow(axis, trim, n)
+    return logits, batch
