@@ -153,19 +153,19 @@ def stopping_after(n_blocks):
 
 
 def test_a_killed_process_group_goes_on_where_it_was(tmp_path):
-    _, image, model = prepared(tmp_path, (64, 96, 96), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    _, image, model = prepared(tmp_path, (96, 112, 112), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
     command = [sys.executable, "-m", "pipeline.cli", "segment", image, "--model", model, "--json", "--workers", "2"]
     subprocess.run([*command, "--name", "undisturbed"], check=True, capture_output=True)
     victim = subprocess.Popen([*command, "--name", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               start_new_session=True)  # fmt: skip
     shards = Location(f"{image}/labels/killed/0/c")
     deadline = time.monotonic() + 60
-    while len(list(shards.files())) < 20 and time.monotonic() < deadline:
+    while len(list(shards.files())) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     n_before = sum(not key.endswith(".partial") for key in shards.files())
-    assert 20 <= n_before < 144
+    assert 0 < n_before < 294
     again = subprocess.run([*command, "--name", "killed"], check=True, capture_output=True, text=True)
     assert json.loads(again.stdout)["blocks_kept"] == n_before
     assert digest_but_name(image, "killed") == digest_but_name(image, "undisturbed")
@@ -249,7 +249,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
     run = subprocess.Popen([*command, "killed", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     shards = Location(f"{image}/labels/killed/0/c")
     deadline = time.monotonic() + 60
-    while len(list(shards.files())) < 20 and time.monotonic() < deadline:
+    while len(list(shards.files())) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     workers[0].kill()
