@@ -24,10 +24,10 @@ from pipeline.errors import PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import called, to_be_written
-from pipeline.train import train
+from pipeline.train import train, usual_recipe
 from pipeline.unet.device import pick_device
 from pipeline.unet.training.course import Validation, best_of
-from pipeline.unet.training.recipe import Recipe, load_recipe, shipped
+from pipeline.unet.training.recipe import load_recipe, shipped
 
 
 class Course:
@@ -112,8 +112,8 @@ def train_stage(
     held_out: list[str],
 ) -> dict[str, Any]:
     """Train, and show the validations while they come; a run that was killed goes on, see ``train``."""
-    log, named = get_run_logger(), recipe or ("regression" if targets else None)
-    settings = load_recipe(named) if named else Recipe()
+    log = get_run_logger()
+    settings = load_recipe(recipe) if recipe else usual_recipe(targets)
     course = Course(model, n_steps=settings.steps, minutes=minutes)
 
     def on_progress(now: Validation) -> None:

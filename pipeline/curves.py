@@ -10,8 +10,8 @@ from time import monotonic
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.store.location import Location
 from pipeline.unet.training.course import Validation, best_of
-from pipeline.unet.whole import write_whole
 
 _SIZE = (960, 640)
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 76, 232, 48, 56, 40
@@ -54,7 +54,7 @@ class CurvesFile:
 
     def write(self) -> None:
         """Write the picture as it is now, in place of the one before, at once or not at all."""
-        write_whole(self.path, draw_curves(self._curve, title=self.title, classes=self.classes))
+        Location(self.path).write_bytes(draw_curves(self._curve, title=self.title, classes=self.classes))
         self._written_s = monotonic()
 
 

@@ -14,10 +14,10 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, ModelError
+from pipeline.store.location import Location
 from pipeline.store.shelf import called, model_path
 from pipeline.unet.foreign.rdf import packaged
 from pipeline.unet.model import load_model
-from pipeline.unet.whole import write_whole
 
 # The earliest time that a zip knows: the same model is the same package.
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -50,7 +50,7 @@ def export_bioimageio(
     with zipfile.ZipFile(content, "w") as archive:
         for file, data in {"rdf.yaml": text.encode(), **package.files}.items():
             archive.writestr(zipfile.ZipInfo(file, _TIME), data)
-    write_whole(out, content.getvalue())
+    Location(out).write_bytes(content.getvalue())
     return package.description
 
 

@@ -95,7 +95,9 @@ def open_package(path: str) -> Package:
         return package_of(yaml.safe_load(content), lambda name: _beside(path, name))
     except (OSError, KeyError, IndexError, TypeError, ValueError, zipfile.BadZipFile, yaml.YAMLError) as error:
         cause = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ModelError(f"a package must be a .zip or rdf.yaml of bioimage.io, got {path}: {cause}") from error
+        raise ModelError(
+            f"a package must be a .zip or rdf.yaml of bioimage.io, got {path}: {cause}; download it anew"
+        ) from error
 
 
 def _beside(path: str, name: str) -> bytes:

@@ -226,7 +226,9 @@ def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:
     """Return the region to learn from and the slab held out: the end of the first axis of more than one voxel."""
     axis = next((axis for axis, n in enumerate(shape) if n > 1), None)
     if axis is None:
-        raise ArgumentError(f"an image must have at least two voxels to learn and to hold out, got shape {shape}")
+        raise ArgumentError(
+            f"an image must have two voxels at least, to learn and to hold out, got shape {shape}; name a larger one"
+        )
     n = shape[axis]
     cut = n - min(n - 1, max(1, round(n * fraction)))
     whole = Box.whole(shape)

@@ -75,7 +75,9 @@ def preview(
     try:
         Path(path).write_bytes(imagecodecs.png_encode(picture))
     except OSError as error:
-        raise ArgumentError(f"a preview must be a file that can be written, got {path} ({error.strerror})") from error
+        raise ArgumentError(
+            f"a preview must be a file that can be written, got {path} ({error.strerror}); name another place"
+        ) from error
     return Preview(path, lesson.learn.tile, N_PATCHES)
 
 

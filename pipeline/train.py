@@ -19,6 +19,7 @@ from pipeline.lesson import Lesson, open_lesson
 from pipeline.preview import draw_sample, preview
 from pipeline.store.image import Image
 from pipeline.store.labels import Labels
+from pipeline.store.location import Location
 from pipeline.store.shelf import called, to_be_written
 from pipeline.unet.device import pick_device
 from pipeline.unet.model import Model, build_unet, save_model
@@ -30,7 +31,6 @@ from pipeline.unet.training.fit import Fitted, fit
 from pipeline.unet.training.processes import fit_together, processes_for
 from pipeline.unet.training.recipe import Recipe, load_recipe
 from pipeline.unet.training.validation import sample
-from pipeline.unet.whole import write_whole
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -126,7 +126,7 @@ def train(
     )  # fmt: skip
     saved = save_model(made, model)
     shown = sample(build_unet(made, device), lesson.check, device=device)
-    write_whole(f"{model}.sample.png", draw_sample(shown))
+    Location(f"{model}.sample.png").write_bytes(draw_sample(shown))
     curves.write()
     checkpoint.remove()
     return TrainResult(saved, str(model), fitted.best, fitted.n_steps, fitted.n_before, perf_counter() - begin)

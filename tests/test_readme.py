@@ -8,10 +8,14 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import tifffile
+import torch
 from volumes import scan_file
+
+from pipeline.ingest import ingest, ingest_labels
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = ".venv/bin/haloseg"
+QUICKLY = (["--minutes", "0.02"], [], [])
 LEAST_DICE = {"boundary": 0.75, "interior": 0.92}
 
 
@@ -35,6 +39,30 @@ def test_every_command_of_the_readme_runs_in_its_order(tmp_path):
     documents = [run(shlex.split(line)[1:], tmp_path) for line in quick]
     assert documents[-2]["mean_dice"] > 0.5
     assert documents[-1]["labels"] == ["cells", "truth"]
+
+
+def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path):
+    lines = [shlex.split(line) for line in README.read_text().splitlines() if line.startswith("    haloseg ")]
+    assert [line[1] for line in lines] == ["train", "train", "import"]
+    for name in ("scan", "more"):
+        voxels = scan_file(tmp_path / f"{name}.tif", (2, 96, 90))
+        ingest(str(tmp_path / f"{name}.tif"), str(tmp_path / f"{name}.zarr"))
+        tifffile.imwrite(tmp_path / "truth.tif", (voxels > 128).astype(np.uint8) * 255, photometric="minisblack")
+        ingest_labels(str(tmp_path / "truth.tif"), image=str(tmp_path / f"{name}.zarr"), name="truth")
+    (tmp_path / "my.toml").write_text("patch = 64\n")
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Softmax(dim=1)).eval()
+    torch.export.save(torch.export.export(network, (torch.randn(1, 1, 128, 128),)), tmp_path / "network.pt2")
+    learnt, _, imported = (run([*line[1:], *quickly], tmp_path) for line, quickly in zip(lines, QUICKLY, strict=True))
+    assert learnt["model"] == "models/cells/1.safetensors"
+    assert imported["classes"] == ["background", "wall", "cell"]
+    assert imagecodecs.imread(tmp_path / "patches.png").ndim == 3
+    assert segmented_by("cells.safetensors", tmp_path) == segmented_by("cells", tmp_path) == 2 * 96 * 90
+
+
+def segmented_by(model, folder):
+    """Return how many voxels the model has segmented."""
+    name = Path(model).stem + str(len(model))
+    return run(["segment", "scan.zarr", "--model", model, "--name", name], folder)["voxels"]
 
 
 def test_the_demo_segments_as_a_network_that_has_learned(tmp_path):

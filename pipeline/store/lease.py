@@ -93,13 +93,13 @@ def _others(image: Location, *, own: Location | None) -> list[str]:
     folder, found = _folder(image), []
     for entry in _entries(folder):
         file = folder / entry.name
-        if file == own:
+        if file == own or (entry.name.startswith(".") and entry.changed_s + LEASE_S > time()):  # being written
             continue
         try:
             about = file.read_json()
         except FileNotFoundError:  # withdrawn just now
             continue
-        except StoreError:  # being written just now, or left half-written by a kill
+        except StoreError:  # no lease of ours
             about = {"lapses": entry.changed_s + LEASE_S}
         if about.get("lapses", 0.0) > time() and not _is_dead(about):
             found.append(f"{about['holder']}, process {about['process']}" if "holder" in about else "unknown")

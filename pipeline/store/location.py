@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 
@@ -82,10 +85,18 @@ class Location:
         return content
 
     def write_bytes(self, content: bytes) -> None:
-        """Write a file here; folders on the way are made."""
-        with self._answering() as (fs, path):
+        """Write a file here, so that readers and a killed run see the old or the new one, whole; folders are made.
+
+        Raises
+        ------
+        StorageError : the disk is full, the folder may not be written, or storage does not answer.
+        """
+        with storage_errors(self.parent), self._answering() as (fs, path):
             fs.makedirs(fs._parent(path), exist_ok=True)
-            fs.pipe_file(path, content)
+            if self.is_local:
+                _replace(Path(path), content)
+            else:
+                fs.pipe_file(path, content)  # an object store puts it at once
 
     def read_json(self) -> dict[str, Any]:
         """Return the JSON object here; an empty one where there is no file."""
@@ -104,6 +115,12 @@ class Location:
         with self._answering() as (fs, path):
             if fs.exists(path):
                 fs.rm(path, recursive=True)
+
+    def delete_leftovers(self) -> None:
+        """Remove what killed runs left beside this file of writing it."""
+        if self.is_local:
+            for left in Path(self.parent.url).glob(f".{escape(self.name)}.*.partial"):
+                left.unlink(missing_ok=True)
 
     def delete_empty(self) -> None:
         """Remove this folder if nothing is in it; object stores have none."""
@@ -147,6 +164,19 @@ def _entry(about: dict[str, Any]) -> Entry:
     name = about["name"].rstrip("/").rsplit("/", 1)[-1]
     folder = about["type"] == "directory" or (bool(about.get("islink")) and Path(about["name"]).is_dir())
     return Entry(name, folder, int(about.get("size") or 0), seconds)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there."""
+    beside = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

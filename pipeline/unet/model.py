@@ -24,7 +24,6 @@ from pipeline.store.statistics import ChannelStatistics, Normalisation
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
-from pipeline.unet.whole import write_whole
 
 FORMAT = 2
 _FORMAT_OF_UNETS = 1  # what an older haloseg can read, too
@@ -125,7 +124,7 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
     """Write the model at a path or URL, at once or not at all; returns it with the digest of its file."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
     content = save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
-    write_whole(os.fspath(path), content)
+    Location(os.fspath(path)).write_bytes(content)
     return replace(model, digest=hashlib.sha256(content).hexdigest())
 
 

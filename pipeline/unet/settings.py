@@ -272,7 +272,9 @@ def as_poolings(value: Any) -> tuple[tuple[int, ...], ...]:  # noqa: ANN401 what
     """Return a list of lists of whole numbers as tuples, or refuse it."""
     lists = isinstance(value, list | tuple) and all(isinstance(each, list | tuple) for each in value)
     if not lists or any(type(number) is not int for each in value for number in each):
-        raise ArgumentError(f"poolings must be a list of lists such as [[1, 2, 2], [2, 2, 2]], got {value!r}")
+        raise ArgumentError(
+            f"poolings must be a list of lists such as [[1, 2, 2], [2, 2, 2]], got {value!r}; give one per level"
+        )
     return tuple(tuple(each) for each in value)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -34,6 +35,18 @@ def test_a_lease_is_held_once_and_leaves_nothing_behind(image, tmp_path):
         assert holder(image)
     assert holder(image) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_of_writing_its_lease_holds_nobody_up(image, tmp_path):
+    folder = tmp_path / "scan.zarr.lease"
+    folder.mkdir()
+    old, fresh = folder / ".a.json.0f.partial", folder / ".b.json.0f.partial"
+    for left in (old, fresh):
+        left.write_bytes(b'{"holder"')
+    os.utime(old, (1, 1))
+    with lease(image) as taken:
+        assert taken
+    assert list(folder.iterdir()) == [fresh]
 
 
 def test_of_many_at_once_at_most_one_holds_it_and_all_get_their_turn(image):

@@ -1,4 +1,5 @@
 import errno
+import os
 
 import fsspec
 import pytest
@@ -30,6 +31,25 @@ def test_memory_urls_work_as_folders_do():
 ])  # fmt: skip
 def test_parents(path, parent, name):
     assert (Location(path).parent.url, Location(path).name) == (parent, name)
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
+    file = Location(str(tmp_path / "a" / "x.json"))
+    file.write_bytes(b"old")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="a full disk at"):
+            file.write_bytes(b"new")
+    assert (file.read_bytes(), [each.name for each in file.parent.entries()]) == (b"old", ["x.json"])
+    left = tmp_path / "a" / ".x.json.0f.partial"
+    left.write_bytes(b"ne")
+    file.delete_leftovers()
+    file.write_bytes(b"new")
+    assert (file.read_bytes(), left.exists()) == (b"new", False)
+
+
+def full(_descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Mute(MemoryFileSystem):

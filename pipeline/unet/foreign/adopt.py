@@ -96,7 +96,9 @@ def _settings(exported: Exported, about: Description) -> tuple[ForeignSettings, 
         for name, values, usual in (("haloseg.mean", about.mean, 0.0), ("haloseg.std", about.std, 1.0)):
             each = values or (usual,) * n_channels
             if len(each) != n_channels or (name == "haloseg.std" and min(each) <= 0):
-                raise ArgumentError(f"--mean and --std need {n_channels} numbers, deviations above 0, got {each}")
+                raise ArgumentError(
+                    f"--mean and --std need {n_channels} numbers, deviations above 0, got {each}; give one per channel"
+                )
             tensors[name] = torch.tensor(each, dtype=torch.float32).reshape(-1, *(1,) * dims)
         program = program.scaled("haloseg.mean", "haloseg.std")
     if activation is not None and about.head is not None and about.head.value != activation:

@@ -90,7 +90,9 @@ class Package:
             network.load_state_dict(state)
         except RuntimeError as error:
             cause = " ".join(str(error).split())[:200]
-            raise ModelError(f"a package's weights must be those of its network, got {cause}") from error
+            raise ModelError(
+                f"a package's weights must be those of its network, got {cause}; export the package anew"
+            ) from error
         return exported(network, shape)
 
     def scale(self) -> Preprocessing:
@@ -134,7 +136,7 @@ def package_of(description: Any, read: Read) -> Package:  # noqa: ANN401 whateve
         raise ModelError(f"a package must be of model RDF 0.4 or 0.5, got {version}; update it with bioimageio.spec")
     inputs, outputs = description.get("inputs") or [], description.get("outputs") or []
     if len(inputs) != 1 or not outputs:
-        raise ModelError(f"a network must have one input, got {len(inputs)}; it cannot be segmented with")
+        raise ModelError(f"a network must have one input, got {len(inputs)}; import another model")
     axes = _axes(inputs[0]["axes"])
     if axes not in ("bcyx", "bczyx"):
         raise ModelError(f"a network must take axes bcyx or bczyx, got {axes}; export it with torch.export")
@@ -142,7 +144,9 @@ def package_of(description: Any, read: Read) -> Package:  # noqa: ANN401 whateve
     if version.startswith("0.4"):
         ends = [(description.get(each) or [None])[0] for each in ("test_inputs", "test_outputs")]
     if ends[0] is None:
-        raise ModelError("a package must have a test input, which says the network's size, got none")
+        raise ModelError(
+            "a package must have a test input, which says the network's size, got none; add one with bioimageio.spec"
+        )
     return Package(
         str(description.get("name", "a model")), description, read, tuple(inputs[0].get("preprocessing") or ()),
         _channels(outputs[0]["axes"]), _head(outputs[0].get("postprocessing") or ()), _array(read, ends[0]),
@@ -163,7 +167,9 @@ def _array(read: Read, entry: dict[str, Any] | str) -> NDArray[np.float32]:
     try:
         return np.asarray(np.load(io.BytesIO(checked(read, entry)), allow_pickle=False), np.float32)
     except (ValueError, EOFError) as error:
-        raise ModelError(f"a package's test tensors must be .npy files of numbers, got {error}") from error
+        raise ModelError(
+            f"a package's test tensors must be .npy files of numbers, got {error}; download it anew"
+        ) from error
 
 
 def _id(step: dict[str, Any]) -> str:
@@ -191,7 +197,9 @@ def _head(steps: Any) -> Head | None:  # noqa: ANN401
     if not names:
         return None
     if names[0] not in set(Head):
-        raise ModelError(f"a package's postprocessing must be softmax or sigmoid, got {', '.join(names)}")
+        raise ModelError(
+            f"a package's postprocessing must be softmax or sigmoid, got {', '.join(names)}; export the network without"
+        )
     return Head(names[0])
 
 
@@ -215,5 +223,7 @@ def _network(entry: dict[str, Any], read: Read) -> nn.Module:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ModelError(f"a package's code must make its network, got {cause}; install what it needs") from error
     if not isinstance(network, nn.Module):
-        raise ModelError(f"a package's code must make a torch module, got {type(network).__name__}")
+        raise ModelError(
+            f"a package's code must make a torch module, got {type(network).__name__}; mend its description"
+        )
     return network

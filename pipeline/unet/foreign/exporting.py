@@ -58,7 +58,9 @@ def exported_script(content: bytes, shape: tuple[int, ...]) -> Exported:
                 return recorded(script, x)
     except RuntimeError as error:
         cause = " ".join(str(error).split())[:200]
-        raise ModelError(f"TorchScript must be convertible by torch {torch.__version__}, got {cause}") from error
+        raise ModelError(
+            f"TorchScript must be convertible by torch {torch.__version__}, got {cause}; use torch.export.save"
+        ) from error
 
 
 def _converted(script: Any, x: torch.Tensor) -> Any:  # noqa: ANN401 torch has no types for either

@@ -53,7 +53,10 @@ class ForeignSettings:
 
     def __post_init__(self) -> None:
         if self.dims not in (2, 3) or self.in_channels < 1:
-            raise ArgumentError(f"a network needs 2 or 3 dims and channels, got {self.dims} and {self.in_channels}")
+            raise ArgumentError(
+                f"a network needs 2 or 3 dims and at least 1 channel, got {self.dims} and {self.in_channels}; "
+                "export it with an example of shape (1, channels, [z,] y, x)"
+            )
         fewest = 2 if self.head is Head.SOFTMAX else 1
         if self.n_classes < fewest or self.n_labels > LARGEST_CLASS + 1:
             raise ArgumentError(
@@ -95,16 +98,20 @@ class ForeignSettings:
                 bool(document["together"]), rule, program, shapes_of(tensors),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"a network from elsewhere must be as haloseg import wrote it, got {error}") from error
+            raise ModelError(
+                f"a network from elsewhere must be as haloseg import wrote it, got {error}; import it again"
+            ) from error
 
     def check_weights(self, tensors: dict[str, Tensor]) -> None:
         """Refuse tensors that are not those of the program, or not finite."""
         expected = {GRAPH, *(WEIGHTS + tensor for _, tensor in self.program.state)}
         if odd := sorted(expected ^ set(tensors)):
-            raise ModelError(f"tensors must be those of the program, got {len(odd)} too many or missing: {odd[0]}")
+            raise ModelError(
+                f"tensors must be those of the program, got {len(odd)} too many or missing: {odd[0]}; import it again"
+            )
         for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
-                raise ModelError(f"tensor {name} must be finite, got NaN or infinity")
+                raise ModelError(f"tensor {name} must be finite, got NaN or infinity; import weights that are")
 
 
 def scheme_for(settings: object, scheme: Scheme) -> Scheme:

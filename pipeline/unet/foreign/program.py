@@ -68,10 +68,12 @@ class Program:
         known = {self.input, *(value for value, _ in self.state)}
         for call in self.calls:
             if missing := call.takes() - known:
-                raise ModelError(f"a program's values must be made before they are used, got {sorted(missing)[0]}")
+                raise ModelError(
+                    f"a program's values must be made before they are used, got {sorted(missing)[0]}; export it anew"
+                )
             known.update(call.results)
         if self.output not in known:
-            raise ModelError(f"a program's output must be made by one of its calls, got {self.output}")
+            raise ModelError(f"a program's output must be made by one of its calls, got {self.output}; export it anew")
 
     def to_json(self) -> dict[str, Any]:
         """Return the program as a JSON object."""

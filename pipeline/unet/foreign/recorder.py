@@ -22,7 +22,9 @@ def recorded(network: Any, x: Tensor) -> Exported:  # noqa: ANN401 a module or a
         out = network(x)
     name = recorder.names.get(id(out)) if isinstance(out, Tensor) else None
     if name is None:
-        raise ModelError(f"a network must return one array that depends on its input, got {type(out).__name__}")
+        raise ModelError(
+            f"a network must return one array that depends on its input, got {type(out).__name__}; wrap it so"
+        )
     state = tuple((each, each) for each in recorder.constants)
     program = Program("x", name, state, tuple(recorder.calls)).pruned()
     tensors = {each: recorder.constants[each] for each, _ in program.state}
@@ -76,7 +78,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return each
             case float():
                 return number_of(each)
-        raise ModelError(f"a network must call operators with tensors and numbers, got {type(each).__name__}")
+        raise ModelError(
+            f"a network must call operators with tensors and numbers, got {type(each).__name__}; use torch.export.save"
+        )
 
     def _constant(self, each: Tensor) -> str:
         self._kept.append(each)

@@ -40,7 +40,9 @@ def smp_program(
             network.load_state_dict(_state(weights))
         except RuntimeError as error:
             cause = " ".join(str(error).split())[:200]
-            raise ModelError(f"weights must be those of smp:{architecture} with {encoder}, got {cause}") from error
+            raise ModelError(
+                f"weights must be those of smp:{architecture} with {encoder}, got {cause}; name the network they are of"
+            ) from error
     return exported(network, (1, in_channels, *_EXAMPLE))
 
 
@@ -61,7 +63,9 @@ def _network(architecture: str, *, encoder: str, in_channels: int, n_classes: in
         )
     except (KeyError, TypeError, ValueError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise ArgumentError(f"smp must be able to make {architecture} with {encoder}, got {cause}") from error
+        raise ArgumentError(
+            f"smp must be able to make {architecture} with {encoder}, got {cause}; use another --encoder, resnet34 say"
+        ) from error
     return network.eval()
 
 
@@ -74,7 +78,9 @@ def _state(content: bytes) -> dict[str, Tensor]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch refuses a file by whatever error it likes
-        raise ModelError("weights must be a state dict of torch.save or safetensors, got another file") from error
+        raise ModelError(
+            "weights must be a state dict of torch.save or safetensors, got another file; save network.state_dict()"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
         raise ModelError("weights must be a state dict, got something else; save network.state_dict()")

@@ -20,7 +20,6 @@ from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.location import Location, storage_errors
 from pipeline.unet.training.course import Validation
 from pipeline.unet.training.learner import below
-from pipeline.unet.whole import remove_whole, write_whole
 
 FORMAT = 1
 
@@ -63,7 +62,8 @@ class CheckpointFile:
         curve = [asdict(each) for each in checkpoint.curve]
         document = {"format": FORMAT, "run": self.run, "elapsed_s": checkpoint.elapsed_s, "curve": curve}
         text = json.dumps(document, sort_keys=True, allow_nan=False)
-        write_whole(self.path, save_tensors(tensors, {"haloseg": text, "sha256": _digest(text, tensors)}))
+        content = save_tensors(tensors, {"haloseg": text, "sha256": _digest(text, tensors)})
+        Location(self.path).write_bytes(content)
 
     def load(self) -> Checkpoint | None:
         """Return the checkpoint of this run; None where there is none.
@@ -93,7 +93,9 @@ class CheckpointFile:
 
     def remove(self) -> None:
         """Delete the file; nothing happens where there is none."""
-        remove_whole(self.path)
+        with storage_errors(Location(self.path).parent):
+            Location(self.path).delete()
+            Location(self.path).delete_leftovers()
 
     def _check_same(self, run: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run with other settings."""

@@ -144,10 +144,15 @@ def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]
     return [core.round_up(rule.stride).shift(start) for core in rule.cores(shape, largest)]
 
 
+def _rules(network: UNet, patches: Patches) -> tuple[TileRule, TileRule]:
+    """Return the network's tile rule, and the one over the axes of the images."""
+    rule = closed_form_rule(network.settings)
+    return rule, rule.over_slices() if len(patches.core) > rule.ndim else rule
+
+
 def _places(network: UNet, patches: Patches) -> list[tuple[Source, Box]]:
     """Return all cores, of one source after the other."""
-    rule = closed_form_rule(network.settings)
-    over = rule.over_slices() if len(patches.core) > rule.ndim else rule
+    rule, over = _rules(network, patches)
     largest = (*(1,) * (over.ndim - rule.ndim), *(_LARGEST_CORE[rule.ndim],) * rule.ndim)
     return [(source, core) for source in patches.sources for core in cores(source.seen, over, largest=largest)]
 
@@ -163,8 +168,7 @@ def _tiles(network: UNet, patches: Patches, *, device: str) -> Iterator[tuple[So
 
 def _passed(network: UNet, patches: Patches, source: Source, core: Box, *, device: str) -> tuple[Tensor, Batch]:
     """Return the logits of a core, and the batch of it alone."""
-    rule = closed_form_rule(network.settings)
-    over = rule.over_slices() if len(patches.core) > rule.ndim else rule
+    rule, over = _rules(network, patches)
     seen = replace(patches, core=core.shape, halo=over.halo)
     batch = batch_of([seen.at(source, core)], device=device)
     logits: Tensor = network(batch.images)
