@@ -140,7 +140,7 @@ def test_a_column_that_lacks_any_shards_computes_those_alone_and_ends_in_the_sam
 
 
 def test_a_killed_process_goes_on_where_it_was(tmp_path):
-    _, image, model = prepared(tmp_path, (64, 64, 64), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    _, image, model = prepared(tmp_path, (64, 64, 128), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
     one = Scheme(column=(1, 1, 1))
     segment(plan_segment(image, model=model, name="undisturbed", scheme=one), run=run_serial)
     command = ["segment", image, "--model", model, "--json", "--workers", "1", "--column", "1,1,1", "--name", "killed"]
@@ -154,9 +154,9 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     n_before = sum(not key.endswith(".partial") for key in shards.files())
-    assert 5 <= n_before < 64
+    assert 5 <= n_before < 128
     plan = plan_segment(image, model=model, name="killed", scheme=one)
-    assert segment(plan, run=run_serial).n_run == 64 - n_before
+    assert segment(plan, run=run_serial).n_run == 128 - n_before
     digests = [tree_digest(f"{image}/predictions/{each}", without=("zarr.json",)) for each in ("killed", "undisturbed")]
     assert digests[0] == digests[1]
 

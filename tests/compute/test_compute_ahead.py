@@ -99,11 +99,11 @@ def test_the_clock_tells_who_waited_for_whom():
             time.sleep(seconds)
             yield n
 
-    with read_ahead(items(0.03), n_ahead=2, clock=slow) as arriving:
+    with read_ahead(items(0.1), n_ahead=2, clock=slow) as arriving:
         list(arriving)
     with read_ahead(items(0.0), n_ahead=2, clock=fast) as arriving:
         for _ in arriving:
-            time.sleep(0.03)
-    assert slow.read_s > 0.1
-    assert slow.wait_s > 0.1
-    assert fast.wait_s < 0.1
+            time.sleep(0.1)
+    assert slow.read_s > 0.4
+    assert slow.wait_s > 0.4
+    assert fast.wait_s < 0.2

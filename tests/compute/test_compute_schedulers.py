@@ -121,6 +121,7 @@ def test_a_scheduler_without_workers_is_refused(tmp_path, monkeypatch):
 
 PROGRAM = """
 import sys
+from pathlib import Path
 from clusters import children, processes
 from compute_works import Scripted
 from pipeline.compute import cluster
@@ -129,6 +130,7 @@ from pipeline.errors import PipelineError
 cluster.CONNECT_TIMEOUT_S = 3
 
 if __name__ == "__main__":
+    Path(sys.argv[2], "ready").touch()
     try:
         with cluster.open_runner(cluster=sys.argv[1], n_workers=2) as run:
             run(Scripted(sys.argv[2], sleep_s=float(sys.argv[3])), range(1000), on_record=lambda _: None)
@@ -169,13 +171,17 @@ def test_a_scheduler_that_is_not_there_or_mute_is_said_in_one_line(tmp_path):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         addresses = [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in (unused, mute)]
-        begin = time.monotonic()
         with (
             program(tmp_path, addresses[0], sleep_s=0) as first,
             program(tmp_path / "mute", addresses[1], sleep_s=0) as second,
         ):
+            until = time.monotonic() + 60
+            while not all((each / "ready").exists() for each in (tmp_path, tmp_path / "mute")):
+                assert time.monotonic() < until, "the programs did not begin"
+                time.sleep(0.05)
+            begin = time.monotonic()
             said = [each.communicate(timeout=60)[1] for each in (first, second)]
-    assert time.monotonic() - begin < 3 + 15
+    assert time.monotonic() - begin < 3 + 8
     for address, line in zip(addresses, said, strict=True):
         assert line.startswith(f"ClusterError a Dask scheduler must answer at {address} within 3 s, got ")
         assert line.endswith("; start it or mend the address\n")

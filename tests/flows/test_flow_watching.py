@@ -28,7 +28,7 @@ def test_what_workers_log_is_in_the_log_of_the_run(server, caplog):
     def telling():
         with logged(), logged(), open_runner(n_workers=1) as run:
             run(Telling(), range(2), on_record=lambda _: None)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while sum("is odd" in each for each in told()) < 2 and time.monotonic() < end:
                 time.sleep(0.05)
 
@@ -48,8 +48,9 @@ def test_progress_is_that_of_the_ledger_and_the_server_may_be_away(server, monke
         with watched(key="ledger", count=lambda: n_done, n_voxels=1000) as watch:
             watch.begin("segment", n_blocks=10, n_done=2)
             n_done = 6
-            time.sleep(1.0)
-            seen = Artifact.get(key="ledger-segment")
+            end = time.monotonic() + 60
+            while getattr(seen := Artifact.get(key="ledger-segment"), "data", 0) != 60 and time.monotonic() < end:
+                time.sleep(0.05)
             watch.advance(BlockRecord(0, 800, 0.0, 0.0, 0.0, n_blocks=8))
             watch.begin("certify", n_blocks=1, n_done=0)
         return seen
