@@ -69,7 +69,10 @@ def import_package(path: str, *, about: Description, trust: bool) -> Model:
     if scale is not None:
         n = exported.input_shape[1]
         mean, std = (each * n if len(each) == 1 else each for each in (scale.mean, scale.std))
-        filled = replace(filled, normalisation=scale.normalisation, mean=about.mean or mean, std=about.std or std)
+        filled = replace(
+            filled, normalisation=scale.normalisation, limits=scale.limits, mean=about.mean or mean,
+            std=about.std or std,
+        )  # fmt: skip
     model = adopt(exported, filled)
     model = _named(model, package.classes) if not about.classes else model
     if scale is not None and package.test_output is not None:

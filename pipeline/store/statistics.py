@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, ScanError
 
-PERCENTILES = (0.1, 0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5, 99.9)
+PERCENTILES = (0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 25.0, 50.0, 75.0, 95.0, 97.0, 98.0, 99.0, 99.5, 99.8, 99.9)
 _KEPT_BITS = 20
 
 

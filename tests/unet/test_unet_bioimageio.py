@@ -15,8 +15,10 @@ from volumes import model_file
 from pipeline.errors import ModelError
 from pipeline.export import export_bioimageio
 from pipeline.importing import import_package
+from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.adopt import Description
+from pipeline.unet.foreign.bioimageio import Package, Preprocessing
 from pipeline.unet.model import build, load_model
 from pipeline.unet.settings import Head, Padding, UNetSettings
 
@@ -118,10 +120,14 @@ def test_a_package_of_the_older_format_is_taken(tmp_path):
     assert (model.settings.head, model.classes) == (Head.SIGMOID, ("none", "a", "b"))
 
 
-@pytest.mark.parametrize("head", [Head.SOFTMAX, Head.SIGMOID])
-def test_a_model_that_goes_out_as_a_package_comes_back_the_same(tmp_path, head):
+@pytest.mark.parametrize(("head", "limits"), [
+    (Head.SOFTMAX, {"normalisation": Normalisation.PERCENTILE}),
+    (Head.SIGMOID, {"normalisation": Normalisation.PERCENTILE, "limits": ((0.5, 99.8),)}),
+    (Head.SOFTMAX, {"normalisation": Normalisation.WINDOW, "limits": ((-160.0, 240.0),)}),
+])  # fmt: skip
+def test_a_model_that_goes_out_as_a_package_comes_back_the_same(tmp_path, head, limits):
     settings = UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME, head=head, n_classes=2, in_channels=2)
-    ours = model_file(tmp_path / "m.safetensors", settings, normalisation=Normalisation.PERCENTILE)
+    ours = model_file(tmp_path / "m.safetensors", settings, **limits)
     export_bioimageio(ours, str(tmp_path / "m.zip"))
     with pytest.raises(ModelError, match=r"torchscript come with code .* add --trust"):
         import_package(str(tmp_path / "m.zip"), about=ABOUT, trust=False)
@@ -129,8 +135,8 @@ def test_a_model_that_goes_out_as_a_package_comes_back_the_same(tmp_path, head):
     size = back.settings.tile  # a trace of ours computes with its sizes: they are written down as numbers
     assert size == back.rule.tile_shape(back.rule.stride)
     assert all(a % b == 0 and a >= 32 for a, b in zip(back.rule.stride, model.rule.stride, strict=True))
-    assert (back.classes, back.normalisation, back.settings.head) == (
-        model.classes if head is Head.SOFTMAX else ("none", *model.classes[1:]), model.normalisation, head,
+    assert (back.classes, back.scaling, back.settings.head) == (
+        model.classes if head is Head.SOFTMAX else ("none", *model.classes[1:]), model.scaling, head,
     )  # fmt: skip
     x = torch.randn(2, 2, *size)
     torch.testing.assert_close(build(back, "cpu")(x), build(model, "cpu")(x), atol=1e-5, rtol=0)
@@ -182,6 +188,38 @@ def test_no_code_is_run_without_trust(tmp_path):
 def test_packages_that_do_not_suffice_are_refused(tmp_path, change, message):
     with pytest.raises(ModelError, match=message):
         import_package(package(tmp_path, net(), **change), about=ABOUT, trust=True)
+
+
+def scaled_by(steps, x):
+    """Return what a package's steps make of intensities, by their definitions in the RDF."""
+    for step in steps:
+        k = step["kwargs"]
+        x = x.clip(k["min"], k["max"]) if step["id"] == "clip" else x * k["gain"] + k["offset"]
+    return x
+
+
+@pytest.mark.parametrize("gain", [0.01, -0.5])
+def test_values_that_are_clipped_and_then_scaled_reach_the_network_so(tmp_path, gain):
+    steps = [
+        {"id": "clip", "kwargs": {"min": -1, "max": 2}}, {"id": "scale_linear", "kwargs": {"gain": gain, "offset": 3}}
+    ]
+    read = Package("a", {}, bytes, tuple(steps), (), None, np.zeros(1), None).scale()
+    x = np.linspace(-3, 4, 50)
+    (window,) = Scaling(read.normalisation, read.limits).windows([None], dtype="float32")
+    seen = ((x - window.offset) * window.scale).clip(window.low, window.high)
+    got = (seen - read.mean[0]) / read.std[0]
+    np.testing.assert_allclose(got, scaled_by(steps, x), atol=1e-12)
+
+
+def test_percentiles_are_taken_as_they_are_or_refused(tmp_path):
+    def scale(low, high):
+        step = {"id": "scale_range", "kwargs": {"min_percentile": low, "max_percentile": high}}
+        return Package("a", {}, bytes, (step,), (), None, np.zeros(1), None).scale()
+
+    assert scale(1, 99.8).limits == ((1.0, 99.8),)
+    assert (scale(1, 99), scale(0, 100).normalisation) == (Preprocessing(Normalisation.PERCENTILE), Normalisation.RANGE)
+    with pytest.raises(ModelError, match=r"must be those that ingest stores, .*, got 1\.5; say --normalisation perc"):
+        scale(1.5, 99)
 
 
 def test_other_preprocessing_is_refused_unless_told_what_comes_near(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
+from pipeline.store.scaling import Limits
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.network import GRAPH, WEIGHTS, ForeignNetwork, ForeignSettings, graph_tensor, shapes_of
 from pipeline.unet.foreign.onesize import measure_one_size
@@ -32,6 +33,7 @@ class Description:
     source : where it comes from, in words
     classes, class_values, channels : names and values; empty for numbers
     normalisation : how intensities are brought to the network's scale; None for z-scores
+    limits : of the normalisation, where it has some; see ``Scaling``
     mean, std : of each channel, subtracted and divided by after that; empty for neither
     voxel_size_um : of the images that it learned from, or None
     head : how its output becomes probabilities; None takes what it ends in, else softmax, or sigmoid for one channel
@@ -43,6 +45,7 @@ class Description:
     class_values: tuple[int, ...] = ()
     channels: tuple[str, ...] = ()
     normalisation: Normalisation | None = None
+    limits: Limits = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     voxel_size_um: tuple[float, ...] | None = None
@@ -67,7 +70,7 @@ def adopt(exported: Exported, about: Description) -> Model:
     model = Model(  # checks the names before it is measured, which may take minutes
         settings, about.classes or _numbered(settings), about.class_values or tuple(range(settings.n_labels)),
         about.normalisation or Normalisation.ZSCORE, about.channels or tuple(map(str, range(settings.in_channels))),
-        about.voxel_size_um, settings.rule, {"imported": dict(about.record)}, weights,
+        about.voxel_size_um, settings.rule, {"imported": dict(about.record)}, weights, limits=about.limits,
     )  # fmt: skip
     rule, tile = _measured(network, exported.input_shape[2:], tuple(out.shape[2:]), settings.in_channels)
     together = _runs_together(network, x)

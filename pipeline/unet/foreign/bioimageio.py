@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.errors import ModelError
-from pipeline.store.statistics import Normalisation
+from pipeline.store.scaling import USUAL_PERCENTILES, Limits
+from pipeline.store.statistics import PERCENTILES, Normalisation
 from pipeline.unet.foreign.exporting import exported, exported_script
 from pipeline.unet.foreign.pt2 import Exported
 from pipeline.unet.settings import Head
@@ -33,9 +34,10 @@ Read = Callable[[str], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a package brings intensities to its network's scale."""
+    """How a package brings intensities to its network's scale; ``limits`` are those of ``Scaling``."""
 
     normalisation: Normalisation = Normalisation.NONE
+    limits: Limits = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -98,27 +100,37 @@ class Package:
     def scale(self) -> Preprocessing:
         """Return the preprocessing as one of ours; refuse any other."""
         steps = [step for step in self.preprocessing if _id(step) not in _IGNORED]
-        if not steps:
-            return Preprocessing()
-        if len(steps) == 1:
-            kwargs = steps[0].get("kwargs") or {}
-            match _id(steps[0]):
-                case "zero_mean_unit_variance" if kwargs.get("mode", "per_sample") != "fixed":
-                    return Preprocessing(Normalisation.ZSCORE)
-                case "zero_mean_unit_variance" | "fixed_zero_mean_unit_variance":
-                    return Preprocessing(Normalisation.NONE, _each(kwargs["mean"]), _each(kwargs["std"]))
-                case "scale_linear":
-                    gain, offset = np.broadcast_arrays(kwargs.get("gain", 1.0), kwargs.get("offset", 0.0))
-                    return Preprocessing(Normalisation.NONE, _each(-offset / gain), _each(1 / gain))
-                case "scale_range":
-                    ends = (kwargs.get("min_percentile", 0.0), kwargs.get("max_percentile", 100.0))
-                    if ends == (0, 100):
-                        return Preprocessing(Normalisation.RANGE)
-                    if abs(ends[0] - 1) <= 1 and abs(ends[1] - 99) <= 1:
-                        return Preprocessing(Normalisation.PERCENTILE)
+        kwargs = [step.get("kwargs") or {} for step in steps]
+        match ", ".join(map(_id, steps)):
+            case "":
+                return Preprocessing()
+            case "zero_mean_unit_variance" if kwargs[0].get("mode", "per_sample") != "fixed":
+                return Preprocessing(Normalisation.ZSCORE)
+            case "zero_mean_unit_variance" | "fixed_zero_mean_unit_variance":
+                return Preprocessing(mean=_each(kwargs[0]["mean"]), std=_each(kwargs[0]["std"]))
+            case "scale_linear":
+                mean, std = _linear(kwargs[0])
+                return Preprocessing(mean=_each(mean), std=_each(std))
+            case "clip, scale_linear" if all(isinstance(kwargs[0].get(end), int | float) for end in ("min", "max")):
+                low, high = float(kwargs[0]["min"]), float(kwargs[0]["max"])
+                mean, std = (each / (high - low) for each in _linear(kwargs[1]))
+                mean = mean - low / (high - low)
+                window = Preprocessing(Normalisation.WINDOW, ((low, high),))
+                return window if _is(mean, 0) and _is(std, 1) else replace(window, mean=_each(mean), std=_each(std))
+            case "scale_range":
+                ends = (float(kwargs[0].get("min_percentile", 0)), float(kwargs[0].get("max_percentile", 100)))
+                if ends == (0.0, 100.0):
+                    return Preprocessing(Normalisation.RANGE)
+                if known := sorted({*ends} - {0, *PERCENTILES, 100}):
+                    raise ModelError(
+                        f"a package's percentiles must be those that ingest stores, "
+                        f"{', '.join(f'{p:g}' for p in PERCENTILES)}, got {known[0]:g}; say --normalisation percentile "
+                        "for 1 and 99"
+                    )
+                return Preprocessing(Normalisation.PERCENTILE, () if ends == USUAL_PERCENTILES else (ends,))
         raise ModelError(
-            f"a package's preprocessing must be one of zero_mean_unit_variance, scale_range and scale_linear, got "
-            f"{', '.join(map(_id, steps))}; say what comes near it with --normalisation"
+            "a package's preprocessing must be one of zero_mean_unit_variance, scale_range, scale_linear, and clip "
+            f"before scale_linear, got {', '.join(map(_id, steps))}; say what comes near it with --normalisation"
         )
 
 
@@ -178,6 +190,16 @@ def _id(step: dict[str, Any]) -> str:
 
 def _each(values: Any) -> tuple[float, ...]:  # noqa: ANN401 a number or some
     return tuple(float(v) for v in np.atleast_1d(np.asarray(values)))
+
+
+def _linear(kwargs: dict[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return gain and offset as what is subtracted and then divided by."""
+    gain, offset = np.broadcast_arrays(kwargs.get("gain", 1.0), kwargs.get("offset", 0.0))
+    return -offset / gain, 1 / gain
+
+
+def _is(values: NDArray[np.float64], number: float) -> bool:
+    return bool(np.allclose(values, number, rtol=0, atol=1e-6))
 
 
 def _axes(axes: Any) -> str:  # noqa: ANN401 a word in 0.4, a list in 0.5
