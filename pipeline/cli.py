@@ -21,6 +21,7 @@ from pipeline import commands
 from pipeline.console import STDERR, show
 from pipeline.errors import InputError, PipelineError
 
+_NEGATIVE_LIST = re.compile(r"-[\d.][\d.e+-]*(,[\d.e+-]+)+")  # which argparse takes for an option
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     handler = RichHandler(logging.WARNING, console=STDERR, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     for name in ("distributed", "tifffile", "asyncio"):
@@ -49,6 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; what is done is kept: the same command goes on", 130)
     return 0
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments, those of options that begin with a negative number behind their "="."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1].startswith("--") and _NEGATIVE_LIST.fullmatch(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _fail(message: str, code: int) -> int:
@@ -145,7 +157,12 @@ def _add_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mean", type=_numbers, default=(), metavar="X,..", help="then subtracted, one per channel")
     verb.add_argument("--std", type=_floats, default=(), metavar="X,..", help="then divided by, one per channel")
     verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="of the images that it learned from")
-    verb.add_argument("--head", choices=("softmax", "sigmoid"), help="what its logits need (default: what it ends in)")
+    verb.add_argument(
+        "--head", choices=("softmax", "sigmoid", "linear"),
+        help="what its logits need (default: what it ends in); linear: nothing, they are intensities",
+    )  # fmt: skip
+    verb.add_argument("--output-std", type=_floats, default=(), metavar="X,..", help="of a linear head: times this")
+    verb.add_argument("--output-mean", type=_numbers, default=(), metavar="X,..", help="of a linear head: plus this")
     verb.add_argument("--encoder", metavar="NAME", help="of a network of smp, such as resnet34")
     verb.add_argument("--weights", metavar="FILE", help="of a network of smp: its state dict, or random to try it")
     verb.add_argument("--in-channels", type=_positive, default=3, metavar="N", help="of a network of smp (default 3)")

@@ -115,7 +115,8 @@ def command(args: Namespace) -> dict[str, Any]:
     given = None if args.normalisation is None else _normalisation(args.normalisation)
     about = Description(
         f"torch.export program {Location(args.network).name}", args.classes, channels=args.channels,
-        normalisation=given, mean=args.mean, std=args.std, voxel_size_um=args.voxel_size_um,
+        normalisation=given, mean=args.mean, std=args.std, output_mean=args.output_mean,
+        output_std=args.output_std, voxel_size_um=args.voxel_size_um,
         head=None if args.head is None else Head(args.head),
     )  # fmt: skip
     if args.network.startswith("smp:"):

@@ -49,6 +49,12 @@ def image(tmp_path, capsys):
 
 def expected(voxels, image, model_path, network):
     """Return probabilities and classes of the network, its own code, applied once to the whole mirrored scan."""
+    logits, head = whole_pass(voxels, image, model_path, network), load_model(model_path).settings.head
+    return probabilities_of(logits[None], head)[0].numpy(), classes_of(logits[None], head)[0].numpy()
+
+
+def whole_pass(voxels, image, model_path, network):
+    """Return the network's output, (channels, *spatial)."""
     model = load_model(model_path)
     of = open_image(str(image))
     windows = model.scaling.windows(of.statistics, dtype=of.dtype)
@@ -62,9 +68,7 @@ def expected(voxels, image, model_path, network):
         logits = torch.stack([network(each[None])[0] for each in slices], dim=1)
     logits = logits if len(slices) > 1 else logits[:, 0]
     kept = tuple(slice(t, t + n) for n, t in zip(shape, rule.trim, strict=True))
-    logits = logits[(..., *kept)]
-    head = model.settings.head
-    return probabilities_of(logits[None], head)[0].numpy(), classes_of(logits[None], head)[0].numpy()
+    return logits[(..., *kept)]
 
 
 CASES = {
@@ -97,6 +101,25 @@ def test_tiles_give_what_the_network_gives_on_the_whole_scan(
         assert np.abs(got - likely).max() <= 1e-5
         np.testing.assert_array_equal(open_labels(f"{where}/labels/{name}").array[:], classes)
     assert len(np.unique(classes)) > 1
+
+
+def test_a_network_of_values_makes_an_image_in_its_own_units(tmp_path, capsys, image):
+    voxels, where = image((75, 61))
+    network, model = random_network(lambda: nn.Sequential(Encoder(2, n_classes=2), nn.Sigmoid())), tmp_path / "m"
+    path = saved(tmp_path / "network.pt2", network, (1, 1, 32, 32), dynamic=True)
+    units = ["--output-mean", "-5,100", "--output-std", "2,50"]
+    told = printed(capsys, "import", path, "--model", model, "--head", "linear", *units)
+    assert (told["network"]["head"], told["classes"]) == ("linear", [])
+    done = printed(capsys, "segment", where, "--model", model, "--name", "clean", "--workers", 1)
+    assert done["certificate"]["max_difference"] <= 1e-4
+    got = open_array(Location(str(where)) / "predictions/clean/0")[:]
+    values = whole_pass(voxels[None], where, model, network).numpy()
+    np.testing.assert_allclose(got, values * [[[2]], [[50]]] + [[[-5]], [[100]]], atol=1e-3)
+    assert np.ptp(got[1]) > 1
+    linear = ["import", path, "--model", model, "--head", "linear"]
+    assert "--output-std need 2 numbers" in refused(capsys, *linear, "--output-std", "1")
+    assert "a model needs 0 class names" in refused(capsys, *linear, "--classes", "a,b")
+    assert "need --head linear, got sigmoid" in refused(capsys, "import", path, "--model", model, *units)
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ class Description:
     limits : of the normalisation, where it has some; see ``Scaling``
     mean, std : of each channel, subtracted and divided by after that; empty for neither
     voxel_size_um : of the images that it learned from, or None
-    head : how its output becomes probabilities; None takes what it ends in, else softmax, or sigmoid for one channel
+    output_mean, output_std : of each channel of a linear head: its values times std, plus mean, are intensities; empty
+        for 0 and 1
+    head : how its output becomes probabilities; None takes what it ends in, else softmax, or sigmoid for one channel;
+        linear where it is no probabilities but intensities, say, of an image without noise
     record : kept as the model's training record
     """
 
@@ -48,6 +51,8 @@ class Description:
     limits: Limits = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    output_mean: tuple[float, ...] = ()
+    output_std: tuple[float, ...] = ()
     voxel_size_um: tuple[float, ...] | None = None
     head: Head | None = None
     record: tuple[tuple[str, str], ...] = ()
@@ -71,6 +76,7 @@ def adopt(exported: Exported, about: Description) -> Model:
         settings, about.classes or _numbered(settings), about.class_values or tuple(range(settings.n_labels)),
         about.normalisation or Normalisation.ZSCORE, about.channels or tuple(map(str, range(settings.in_channels))),
         about.voxel_size_um, settings.rule, {"imported": dict(about.record)}, weights, limits=about.limits,
+        target_windows=_target_windows(settings, about),
     )  # fmt: skip
     rule, tile = _measured(network, exported.input_shape[2:], tuple(out.shape[2:]), settings.in_channels)
     together = _runs_together(network, x)
@@ -93,15 +99,13 @@ def _settings(exported: Exported, about: Description) -> tuple[ForeignSettings, 
             f"{exported.input_shape}; export it with such an example"
         )
     dims, n_channels = len(exported.input_shape) - 2, exported.input_shape[1]
-    program, activation = exported.program.without_activation(dims)
+    program, activation = exported.program, None
+    if about.head is not Head.LINEAR:  # of values an activation is the network's own affair
+        program, activation = program.without_activation(dims)
     tensors = dict(exported.tensors)
     if about.mean or about.std:
-        for name, values, usual in (("haloseg.mean", about.mean, 0.0), ("haloseg.std", about.std, 1.0)):
-            each = values or (usual,) * n_channels
-            if len(each) != n_channels or (name == "haloseg.std" and min(each) <= 0):
-                raise ArgumentError(
-                    f"--mean and --std need {n_channels} numbers, deviations above 0, got {each}; give one per channel"
-                )
+        pairs = _pairs("", about.mean, about.std, n=n_channels)
+        for name, each in zip(("haloseg.mean", "haloseg.std"), zip(*pairs, strict=True), strict=True):
             tensors[name] = torch.tensor(each, dtype=torch.float32).reshape(-1, *(1,) * dims)
         program = program.scaled("haloseg.mean", "haloseg.std")
     if activation is not None and about.head is not None and about.head.value != activation:
@@ -112,6 +116,27 @@ def _settings(exported: Exported, about: Description) -> tuple[ForeignSettings, 
     return ForeignSettings(
         dims, n_channels, 2, head, about.source, (), True, unknown, program, shapes_of(weights)
     ), weights
+
+
+def _pairs(what: str, mean: tuple[float, ...], std: tuple[float, ...], *, n: int) -> tuple[tuple[float, float], ...]:
+    """Return mean and deviation of each of n channels; 0 and 1 where they were left out."""
+    mean, std = mean or (0.0,) * n, std or (1.0,) * n
+    if not len(mean) == len(std) == n or min(std) <= 0:
+        raise ArgumentError(
+            f"--{what}mean and --{what}std need {n} numbers, deviations above 0, got {mean} and {std}; give one per "
+            "channel"
+        )
+    return tuple(zip(mean, std, strict=True))
+
+
+def _target_windows(settings: ForeignSettings, about: Description) -> tuple[tuple[float, float], ...]:
+    """Return offset and scale of each channel of a linear head; none of others."""
+    if settings.head is Head.LINEAR:
+        pairs = _pairs("output-", about.output_mean, about.output_std, n=settings.n_classes)
+        return tuple((mean, 1 / std) for mean, std in pairs)
+    if about.output_mean or about.output_std:
+        raise ArgumentError(f"--output-mean and --output-std need --head linear, got {settings.head}; leave them out")
+    return ()
 
 
 def _head(given: Head, asked: Head | None, n_classes: int) -> Head:

@@ -66,7 +66,9 @@ class ForeignSettings:
 
     @property
     def n_labels(self) -> int:
-        """Values that a segmented voxel may have: for a sigmoid head one more than channels, 0 for none of them."""
+        """Values that a segmented voxel may have; see ``UNetSettings.n_labels``."""
+        if self.head is Head.LINEAR:
+            return 0
         return self.n_classes + (1 if self.head is Head.SIGMOID else 0)
 
     @property
