@@ -7,9 +7,9 @@ from typing import Any
 from pipeline.unet.families import chain_of, name_of, why_not_streamed
 from pipeline.unet.foreign.adopt import measured_again
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
-from pipeline.unet.layers import lags
 from pipeline.unet.model import Model, build, load_model
 from pipeline.unet.receptive import measured_rule
+from pipeline.unet.schedule import lags
 
 
 def inspect(path: str) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def plan_segment(
     output_bytes = _output_bytes(network, probabilities=probabilities)
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
-        raise ArgumentError(f"a streamed network must be a plain U-Net, got {why}; leave --slab, --column out")
+        raise ArgumentError(f"a streamed network must be one of ours, got {why}; leave --slab and --column out")
     how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
     return Plan(

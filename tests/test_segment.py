@@ -13,7 +13,7 @@ from volumes import model_file, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Scheme
-from pipeline.errors import ArgumentError, QuarantineError, RunError, StoreError
+from pipeline.errors import QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
@@ -22,8 +22,7 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
-from pipeline.unet.families import why_not_streamed
-from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
+from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, closed_form_rule
 from pipeline.works.columns import SegmentColumns
 
 CASES = {
@@ -40,7 +39,18 @@ CASES = {
         (5, 33, 19),
         UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1, poolings=((1, 2, 2), (2, 2, 2))),
     ),
-    "attention": ((50, 37), UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, attention=True)),
+    "attention, residual": (
+        (50, 37), UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, attention=True, block=Block.RESIDUAL)
+    ),
+    "V-Net": (
+        (13, 21, 18), UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, n_convs=1, kernel=5,
+                                   block=Block.RESIDUAL, down=Down.STRIDED, batch_norm=True),
+    ),
+    "U-Net++": (
+        (45, 37), UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME, n_convs=1, family=Family.NESTED,
+                               block=Block.PREACTIVATED, batch_norm=True, deep_supervision=True),
+    ),
+    "FCN": ((47, 41), UNetSettings(dims=2, width=2, depth=3, padding=Padding.SAME, n_convs=1, family=Family.FCN)),
     "one voxel": ((1, 1), UNetSettings(dims=2, width=2, depth=2, padding=Padding.VALID)),
     "smaller than the halo": ((3, 2, 4), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME)),
 }  # fmt: skip
@@ -66,10 +76,7 @@ def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, s
         "tiles": Scheme(tile=smallest), "reference": Scheme(tile=smallest, engine=EngineName.REFERENCE),
         "chosen": Scheme(engine=EngineName.REFERENCE),
     }  # fmt: skip
-    if why_not_streamed(settings):
-        with pytest.raises(ArgumentError, match="must be a plain U-Net, got attention; leave --slab, --col"):
-            plan_segment(image, model=model, name="thin", scheme=schemes.pop("thin"))
-        assert plan_segment(image, model=model, name="x").columns is None
+    assert plan_segment(image, model=model, name="x").columns is not None
     for name, scheme in schemes.items():
         plan = plan_segment(image, model=model, name=name, scheme=scheme, probabilities=True)
         segment(plan, run=run_serial)

@@ -17,7 +17,8 @@ from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.unet.cost import stream_bytes, weight_bytes
 from pipeline.unet.families import chain_of
-from pipeline.unet.layers import Chain, Up, lags, multiply_adds, spans
+from pipeline.unet.layers import Chain, multiply_adds, spans
+from pipeline.unet.schedule import cross_made, rows_made, schedule_of
 from pipeline.unet.settings import UNetSettings
 
 # Bytes of the largest layer's slab: smaller ones fall out of the processor's caches late, larger ones feed a GPU.
@@ -226,10 +227,10 @@ class Streaming:
             if along < 0:
                 lengths.append([size] * len(chain))
             elif along == columns.axis - self.n_slice_axes:
-                lengths.append(_rows_made(chain, size, columns.slab, along))
+                lengths.append(rows_made(chain, size, columns.slab, along))
             else:
                 cuts = [min(part, size - start) for start in range(0, size, part)]
-                lengths.append([sum(each) for each in zip(*(_cross_made(chain, n, along) for n in cuts), strict=True)])
+                lengths.append([sum(each) for each in zip(*(cross_made(chain, n, along) for n in cuts), strict=True)])
         made = zip(chain, zip(*lengths, strict=True), strict=True)
         return sum(multiply_adds(layer, self.settings) * prod(extent) for layer, extent in made)
 
@@ -239,11 +240,9 @@ class Streaming:
         part = columns.part_shape
         order = (axis - slices, *(at for at in range(self.settings.dims) if at != axis - slices))
         chain = chain_of(self.settings)
-        cross = [spans(chain, (0, part[slices + at]), at) for at in order[1:]]
-        network = stream_bytes(
-            chain, tuple(zip(*cross, strict=True)), order=order, slab=columns.slab, itemsize=self.itemsize,
-            in_channels=self.settings.in_channels,
-        )  # fmt: skip
+        cross = tuple((0, part[slices + at]) for at in order[1:])
+        schedule = schedule_of(chain, cross, in_channels=self.settings.in_channels, order=order, slab=columns.slab)
+        network = stream_bytes(schedule, itemsize=self.itemsize)
         return network + weight_bytes(chain, itemsize=self.itemsize) + self._buffer_bytes(columns, chain)
 
     def _buffer_bytes(self, columns: Columns, chain: Chain) -> int:
@@ -260,23 +259,6 @@ class Streaming:
         n_written = core[axis] if in_parts else 2 * self.shards.core_shape[axis]
         written = n_written * prod(n for at, n in enumerate(core) if at != axis) * self.output_bytes
         return rows * area * self.voxel_bytes + ahead + written
-
-
-def _rows_made(chain: Chain, n_rows: int, slab: int, axis: int) -> list[int]:
-    """Return the rows that each layer makes for ``n_rows`` of the output, in whole slabs."""
-    made, ends = [], lags(chain, axis)[1:]
-    for layer, (start, stop), lag in zip(chain, spans(chain, (0, n_rows), axis)[1:], ends, strict=True):
-        n = slab // layer.scale[axis]
-        made.append((-((lag - stop) // n) - (start - lag) // n) * n)
-    return made
-
-
-def _cross_made(chain: Chain, extent: int, axis: int) -> list[int]:
-    """Return the extent of what each layer makes for a core of this extent; upsampling makes whole pairs."""
-    lengths = [stop - start for start, stop in spans(chain, (0, extent), axis)]
-    return [
-        layer.factor[axis] * lengths[at] if isinstance(layer, Up) else lengths[at + 1] for at, layer in enumerate(chain)
-    ]
 
 
 def _shares(n: int, *, most: int) -> list[int]:

@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from pipeline.unet.settings import Padding, Upsampling
 
 # float32 lanes of an AVX-512 vector; oneDNN rounds the channels of a convolution's output up to them
 _LANES = 16
+L = TypeVar("L", bound=Layer)
 _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -57,18 +58,51 @@ class Engine:
         weight, bias = self._parameters[at]
         convolve = functional.conv2d if self.dims == 2 else functional.conv3d
         y = convolve(x, weight, bias, padding=padding or 0)
-        return y.relu_() if self._layer(at).relu else y
+        return y.relu_() if self._layer(at, Conv).relu else y
 
     def up(self, at: int, x: Tensor) -> Tensor:
         """Return the finer resolution."""
         weight, bias = self._parameters[at]
-        factor = self.ordered(self._factor(at))
+        factor = self.ordered(self._layer(at, Up).factor)
         if self.settings.up is Upsampling.RESIZE:
             convolve = functional.conv2d if self.dims == 2 else functional.conv3d
             scale = tuple(map(float, factor))
             return functional.interpolate(convolve(x, weight, bias), scale_factor=scale, mode="nearest")
         transposed = functional.conv_transpose2d if self.dims == 2 else functional.conv_transpose3d
         return transposed(x, weight, bias, stride=factor)
+
+    def strided(self, at: int, x: Tensor) -> Tensor:
+        """Return the coarser resolution, of a convolution without overlap and its ReLU."""
+        layer = self._layer(at, Stride)
+        weight, bias = self._parameters[at]
+        convolve = functional.conv2d if self.dims == 2 else functional.conv3d
+        y = convolve(x, weight, bias, stride=self.ordered(layer.factor))
+        return y.relu_() if layer.relu else y
+
+    def interpolated(self, at: int, x: Tensor) -> Tensor:
+        """Return the finer resolution, each voxel between the two nearest ones, zeros or the last one past the end."""
+        layer = self._layer(at, Interpolate)
+        factor = self.ordered(layer.factor)
+        if not layer.name:
+            return interpolated(x, factor)
+        weight, bias = self._parameters[at]
+        transposed = functional.conv_transpose2d if self.dims == 2 else functional.conv_transpose3d
+        return transposed(x, weight, bias, stride=factor, padding=tuple(f // 2 for f in factor))
+
+    def interpolated_inside(self, at: int, x: Tensor) -> Tensor:
+        """Return those voxels of the finer resolution that lie between two of x along every axis."""
+        y = self.interpolated(at, x)
+        for axis, f in enumerate(self.ordered(self._layer(at, Interpolate).factor), start=2):
+            y = y.narrow(axis, f // 2, y.shape[axis] - 2 * (f // 2))
+        return y
+
+    def activated(self, at: int, x: Tensor) -> Tensor:
+        """Return the ReLU, after the frozen normalisation if there is one; x stays as it is."""
+        weight, bias = self._parameters[at]
+        if bias is None:
+            return x.relu()
+        shape = (1, -1, *(1,) * self.dims)
+        return torch.addcmul(bias.reshape(shape), x, weight.reshape(shape)).relu_()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of a tile that the network takes, (batch, n_classes, *spatial), by one pass."""
@@ -84,37 +118,16 @@ class Engine:
                 same = self.settings.padding is Padding.SAME
                 return self.conv(at, source, padding=self.ordered(layer.reach) if same else ())
             case Stride():
-                return self._strided(at, layer, source)
+                return self.strided(at, source)
             case Pool():
                 return pooled(source, self.ordered(layer.factor))
             case Up():
                 return self.up(at, source)
             case Interpolate():
-                return self._interpolated(at, layer, source)
+                return self.interpolated(at, source)
             case Activate():
-                return self._activated(at, source)
+                return self.activated(at, source)
         raise TypeError(f"layer {at} takes several tensors: {layer}")
-
-    def _strided(self, at: int, layer: Stride, x: Tensor) -> Tensor:
-        weight, bias = self._parameters[at]
-        convolve = functional.conv2d if self.dims == 2 else functional.conv3d
-        y = convolve(x, weight, bias, stride=self.ordered(layer.factor))
-        return y.relu_() if layer.relu else y
-
-    def _interpolated(self, at: int, layer: Interpolate, x: Tensor) -> Tensor:
-        factor = self.ordered(layer.factor)
-        if not layer.name:
-            return interpolated(x, factor)
-        weight, bias = self._parameters[at]
-        transposed = functional.conv_transpose2d if self.dims == 2 else functional.conv_transpose3d
-        return transposed(x, weight, bias, stride=factor, padding=tuple(f // 2 for f in factor))
-
-    def _activated(self, at: int, x: Tensor) -> Tensor:
-        weight, bias = self._parameters[at]
-        if bias is None:
-            return x.relu()
-        shape = (1, -1, *(1,) * self.dims)
-        return torch.addcmul(bias.reshape(shape), x, weight.reshape(shape)).relu_()
 
     def ordered(self, each: Axes) -> Axes:
         """Return one number per axis of the network as the engine's axes have them."""
@@ -126,17 +139,12 @@ class Engine:
             tuple(shape), dtype=self.dtype, device=self.device, memory_format=self.memory_format
         )
 
-    def _layer(self, at: int) -> Conv:
+    def _layer(self, at: int, kind: type[L]) -> L:
+        """Return a layer of the chain, which must be of this kind."""
         layer = self.chain[at]
-        if not isinstance(layer, Conv):
-            raise TypeError(f"layer {at} is no convolution: {layer}")
+        if not isinstance(layer, kind):
+            raise TypeError(f"layer {at} is no {kind.__name__}: {layer}")
         return layer
-
-    def _factor(self, at: int) -> Axes:
-        layer = self.chain[at]
-        if not isinstance(layer, Up):
-            raise TypeError(f"layer {at} does not refine: {layer}")
-        return layer.factor
 
     def _parameters_of(self, network: UNet, at: int) -> tuple[Tensor, Tensor | None]:
         layer = self.chain[at]
@@ -173,7 +181,7 @@ class OneDnnEngine(Engine):
 
     def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
         """Return the output of the convolution at this place of the chain, and of its ReLU."""
-        layer = self._layer(at)
+        layer = self._layer(at, Conv)
         n_packed, weight, bias = self._packed.get(at, (1, *self._parameters[at]))
         if n_packed > 1 and (any(padding) or (x.shape[-1] - 2 * self.ordered(layer.reach)[-1]) % n_packed):
             n_packed, (weight, bias) = 1, self._parameters[at]

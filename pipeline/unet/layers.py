@@ -47,7 +47,7 @@ class Layer:
         return span
 
     def has(self, end: int, axis: int) -> int:
-        """Return where the output ends when the source ends at ``end``; another branch is never behind."""
+        """Return where the output ends when what it is made of, the shortest of all branches, ends at ``end``."""
         del axis
         return end
 
@@ -116,6 +116,10 @@ class Up(Layer):
         """Return where the fine voxels end when the coarse ones end at ``end``."""
         return self.factor[axis] * end + self.phase[axis]
 
+    def makes(self, span: Span, axis: int) -> Span:
+        """Return the fine positions that follow from the coarse ones ``span``."""
+        return self.has(span[0], axis), self.has(span[1], axis)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpolate(Layer):
@@ -133,6 +137,10 @@ class Interpolate(Layer):
         """Return where the fine voxels end when the coarse ones end at ``end``."""
         f = self.factor[axis]
         return end if f == 1 else f * end - f // 2
+
+    def makes(self, span: Span, axis: int) -> Span:
+        """Return the fine positions that lie between the coarse ones ``span``."""
+        return -self.has(-span[0], axis), self.has(span[1], axis)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +186,12 @@ def _hull(a: Span | None, b: Span) -> Span:
     return b if a is None else (min(a[0], b[0]), max(a[1], b[1]))
 
 
-def lags(chain: Chain, axis: int) -> tuple[int, ...]:
-    """Return for every tensor how far its end lies past that of a stream's input, in its own voxels; never positive."""
-    ends = [0]
-    for layer in chain:
-        ends.append(layer.has(ends[layer.source], axis))
-    return tuple(ends)
+def parts(chain: Chain, tensor: int) -> tuple[int, ...]:
+    """Return the tensors whose channels a tensor has, itself unless it was joined of others."""
+    layer = chain[tensor - 1] if tensor else None
+    if not isinstance(layer, Join):
+        return (tensor,)
+    return tuple(part for each in (*layer.skips, layer.source) for part in parts(chain, each))
 
 
 def shapes(chain: Chain, tile_shape: Axes, padding: Padding) -> list[Axes]:

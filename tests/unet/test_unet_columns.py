@@ -18,8 +18,8 @@ from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, stream_bytes
 from pipeline.unet.engine import Engine
 from pipeline.unet.families import chain_of
-from pipeline.unet.layers import spans
-from pipeline.unet.settings import Padding, UNetSettings
+from pipeline.unet.schedule import schedule_of
+from pipeline.unet.settings import Block, Family, Padding, UNetSettings
 
 
 def streaming(shape, shard, network, *, chunk=None, voxel_bytes=2):
@@ -133,15 +133,19 @@ print(grown(lambda: run(large)))
         (UNetSettings(dims=3, width=16, depth=3, padding=Padding.SAME), "float32", 16, (16, 8, 8), (48, 160, 160)),
         (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME), "bf16", 8, (16, 8, 8), (32, 300, 300)),
         (replace(THICK, width=16, batch_norm=True), "float32", 8, (8, 8, 8), (24, 200, 200)),
+        (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL),
+         "float32", 8, (8, 8, 8), (32, 192, 192)),
+        (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True, attention=True),
+         "float32", 64, (64, 16), (256, 4096)),
+        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.NESTED, deep_supervision=True),
+         "float32", 32, (64, 16), (256, 4096)),
     ],
-    ids=["2-D same", "2-D valid", "3-D", "3-D bf16", "3-D thick slices"],
+    ids=["2-D same", "2-D valid", "3-D", "3-D bf16", "3-D thick slices", "residual", "attention", "U-Net++"],
 )  # fmt: skip
 def test_the_memory_of_a_stream_is_predicted(network, precision, slab, small, large):
-    chain = chain_of(network)
-    order = tuple(range(network.dims))
-    cross = tuple(zip(*(spans(chain, (0, large[axis]), axis) for axis in order[1:]), strict=True))
-    itemsize = Precision(precision).itemsize
-    predicted = stream_bytes(chain, cross, order=order, slab=slab, itemsize=itemsize, in_channels=1)
+    cross = tuple((0, n) for n in large[1:])
+    schedule = schedule_of(chain_of(network), cross, in_channels=1, order=tuple(range(network.dims)), slab=slab)
+    predicted = stream_bytes(schedule, itemsize=Precision(precision).itemsize)
     ratio = measured(MEASURE, [network.to_json(), precision, slab, small, large]) / predicted
     print(f"measured / predicted = {ratio:.2f}")
     assert 0.8 < ratio < 1.2  # the median is within 15 percent; where the heap puts a tensor differs by a tenth

@@ -8,16 +8,14 @@ from test_unet_predict import assert_equal, scan_of, tiled, trained, whole
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import ArgumentError
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.engine import make_engine
-from pipeline.unet.families import chain_of, name_of, why_not_streamed
-from pipeline.unet.layers import Conv, Join, Pool, Up, spans
+from pipeline.unet.families import chain_of, name_of
+from pipeline.unet.layers import spans
 from pipeline.unet.network import UNet
 from pipeline.unet.receptive import measure_tile_rule, measured_rule
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, Upsampling, closed_form_rule
-from pipeline.unet.streaming import Stream
 
 SAME = UNetSettings(dims=2, width=2, depth=2, n_convs=1, padding=Padding.SAME, batch_norm=True)
 THICK = ((1, 2, 2), (2, 2, 2))
@@ -128,34 +126,17 @@ def test_what_interpolates_is_linear_before_it_learns():
 
 
 @pytest.mark.parametrize(
-    ("name", "called", "streams"),
+    ("name", "called"),
     [
-        ("thick slices", "3-D U-Net with anisotropic poolings", True),
-        ("V-Net", "3-D residual U-Net with strided convolutions (V-Net)", False),
-        ("attention, valid", "2-D U-Net with attention gates", False), ("FCN", "2-D FCN-2s", False),
-        ("U-Net++", "2-D U-Net++", False),
-        ("preactivated", "2-D preactivated residual U-Net", False),
+        ("thick slices", "3-D U-Net with anisotropic poolings"),
+        ("V-Net", "3-D residual U-Net with strided convolutions (V-Net)"),
+        ("attention, valid", "2-D U-Net with attention gates"), ("FCN", "2-D FCN-2s"), ("U-Net++", "2-D U-Net++"),
+        ("preactivated", "2-D preactivated residual U-Net"),
     ],
 )  # fmt: skip
-def test_networks_are_called_by_name_and_say_whether_they_stream(name, called, streams):
-    network = NETWORKS[name]
-    assert name_of(network) == called
-    assert (not why_not_streamed(network)) == streams
+def test_networks_are_called_by_name(name, called):
+    assert name_of(NETWORKS[name]) == called
 
 
 def test_the_baseline_of_five_poolings_is_fcn_8s():
     assert name_of(replace(SAME, family=Family.FCN, depth=5)) == "2-D FCN-8s"
-
-
-@EVERY
-def test_what_streams_is_a_chain(network):
-    chain = chain_of(network)
-    kinds = all(type(layer) in {Conv, Pool, Up, Join} for layer in chain)
-    in_line = all(layer.source == at and len(layer.skips) < 2 for at, layer in enumerate(chain))
-    assert (kinds and in_line) == (not why_not_streamed(network))
-
-
-def test_what_is_no_chain_is_not_streamed():
-    engine = make_engine(trained(replace(NETWORKS["attention"], block=Block.RESIDUAL), seed=1), device="cpu")
-    with pytest.raises(ArgumentError, match="must be a plain U-Net, got block residual and attention; run it by tiles"):
-        Stream(engine, cross=((0, 8),), slab=4)

@@ -16,8 +16,9 @@ from pipeline.geometry.mirror import mirror_index
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
 from pipeline.unet.engine import Engine, OneDnnEngine, make_engine
 from pipeline.unet.families import chain_of
-from pipeline.unet.layers import Conv, Up, lags, multiply_adds, spans
+from pipeline.unet.layers import Conv, Up, multiply_adds, spans
 from pipeline.unet.network import UNet
+from pipeline.unet.schedule import lags
 from pipeline.unet.settings import Padding, UNetSettings, Upsampling, closed_form_rule
 from pipeline.unet.streaming import Stream
 
