@@ -1,7 +1,7 @@
 """How much memory a tile takes, known before it is run, and the tile that a budget allows.
 
-The layers of one pass are gone through in order, and the tensors that are alive at each are added up: the network's
-input, those that a later layer takes, and what the layer itself takes and makes.
+The layers of one pass are gone through in order, and their tensors put on a heap: the network's input, what each layer
+makes, on its way, too, and the classes. Each lies there until the last layer that takes it is done.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from pipeline.unet.cost import weight_bytes
 from pipeline.unet.families import chain_of
 from pipeline.unet.foreign.appraisal import foreign_peak_bytes
 from pipeline.unet.foreign.network import ForeignSettings
-from pipeline.unet.layers import Conv, Stride, Up, last_uses, shapes
+from pipeline.unet.heap import Heap
+from pipeline.unet.layers import Up, last_uses, shapes
 from pipeline.unet.model import Model
 from pipeline.unet.settings import Block, UNetSettings, Upsampling
 
-# What the heap grows to, of the live bytes, where freed memory is kept: 1.1 to 2.35 for 7 networks, 2-D and 3-D, valid
-# and same, of 4 to 32 channels; test_unet_memory.py measures some of them again. Streams allocate once: 1.2.
-ALLOCATOR = 2.5
-# The same where layers branch within a level, by residuals or gates, and free tensors in another order: up to 3.7.
-BRANCHING = 4.0
+# What memory grows to, of the heap's end, where freed memory is kept: 0.8 to 1.4 for 6 networks, 2-D and 3-D, valid
+# and same, of 8 to 32 channels, by both engines; test_unet_memory.py measures them again.
+ALLOCATOR = 1.4
+# The same where layers branch within a level, by residuals or gates, and pass more small tensors: 1.4 to 1.85.
+BRANCHING = 1.9
 _FLOAT = 4
 
 
@@ -47,7 +48,7 @@ def peak_bytes(settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, 
         settings.check_size(size, axis)
     weights = weight_bytes(chain_of(settings), itemsize=_FLOAT)
     held = BRANCHING if settings.attention or settings.block is not Block.PLAIN else ALLOCATOR
-    return weights + int(held * _FLOAT * n_slices * _live_floats(settings, tile_shape))
+    return weights + int(held * _FLOAT * n_slices * _heap_floats(settings, tile_shape))
 
 
 def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,20 +92,21 @@ def _by_halo_overhead(rule: TileRule, largest_core: tuple[int, ...]) -> Iterator
 
 
 @lru_cache(maxsize=1024)
-def _live_floats(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
-    """Return how many numbers are alive at the worst moment of a pass, the classes at its end included."""
-    chain = chain_of(settings)
+def _heap_floats(settings: UNetSettings, tile_shape: tuple[int, ...]) -> int:
+    """Return how far a pass makes a heap grow, the classes at its end included, in numbers."""
+    chain, heap = chain_of(settings), Heap()
     every, last = shapes(chain, tile_shape, settings.padding), last_uses(chain)
-    channels = [settings.in_channels, *(layer.out for layer in chain)]
-    sizes = [n * prod(shape) for n, shape in zip(channels, every, strict=True)]
-    most = 0
+    heap.take(0, settings.in_channels * prod(tile_shape))
     for at, layer in enumerate(chain):
-        alive = sizes[0] + sum(sizes[tensor] for tensor in range(1, at + 1) if last[tensor] >= at)
-        made = sizes[at + 1]
-        beside = 0  # what the layer makes on its way
-        if isinstance(layer, Conv | Stride) and layer.norm:
-            beside = made - (sizes[layer.source] if last[layer.source] == at and layer.source else 0)
-        elif isinstance(layer, Up) and settings.up is Upsampling.RESIZE:
-            beside = layer.out * prod(every[layer.source])
-        most = max(most, alive + made + max(0, beside))
-    return max(most, sizes[0] + 2 * sizes[-1] + 3 * prod(every[-1]))
+        coarse = isinstance(layer, Up) and settings.up is Upsampling.RESIZE
+        if coarse:
+            heap.take("coarse", layer.out * prod(every[layer.source]))
+        heap.take(at + 1, layer.out * prod(every[at + 1]))
+        if coarse:
+            heap.free("coarse")
+        for tensor in {layer.source, *layer.skips} - {0}:
+            if last[tensor] == at:
+                heap.free(tensor)
+    heap.take("best", prod(every[-1]))
+    heap.take("classes", prod(every[-1]))
+    return heap.most

@@ -11,6 +11,7 @@ from pipeline.errors import ArgumentError, BudgetError
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.cost import weight_bytes
 from pipeline.unet.families import chain_of, name_of
+from pipeline.unet.heap import Heap
 from pipeline.unet.memory import ALLOCATOR, choose_tile, peak_bytes
 from pipeline.unet.model import Model
 from pipeline.unet.network import UNet
@@ -74,15 +75,32 @@ def test_predicted_peak_bounds_the_measured_one(network, tile, engine):
     small = closed_form_rule(network).tile_shape((network.stride,) * network.dims)
     ratio = measured(MEASURE, [network.to_json(), small, tile, engine]) / (peak_bytes(network, tile) - weights(network))
     print(f"measured / predicted = {ratio:.2f}")
-    assert 0.35 < ratio < 1.15  # a bound, but for where the heap puts a tensor
+    assert 0.45 < ratio < 1.15  # a bound, but for where the heap puts a tensor: it was 0.55 to 0.98
 
 
 def test_peak_counts_what_waits_for_its_level():
-    # worst at the convolution of what was joined: the network's input, the convolution's input and its output; the skip
-    # is free by then, as it lives on in what was joined
+    # at the end of the heap, what was joined: in front of it the input, two convolutions of the upper level (the first
+    # one's place too short for what was upsampled), the second one of the lower level, and what was upsampled
     network = UNetSettings(dims=2, width=16, depth=1, kernel=1)
     n = 4 * 64 * 64
-    assert peak_bytes(network, (64, 64)) == weights(network) + int(ALLOCATOR * (n + 2 * 32 * n))
+    assert peak_bytes(network, (64, 64)) == weights(network) + int(ALLOCATOR * n * (1 + 16 + 16 + 8 + 16 + 32))
+
+
+def test_a_heap_uses_places_again_but_never_two_as_one():
+    heap = Heap()
+    for name in "abc":
+        heap.take(name, 10)
+    heap.free("a")
+    heap.free("b")
+    heap.take("d", 10)
+    heap.take("e", 4)
+    assert heap.most == 30  # one place whole, a part of the other
+    heap.free("d")
+    heap.take("f", 12)
+    assert heap.most == 42  # neither what was freed nor the rest is long enough
+    heap.free("f")
+    heap.take("g", 20)
+    assert heap.most == 50  # but the last one can be made longer
 
 
 def test_peak_grows_with_slices_and_refuses_illegal_tiles():
