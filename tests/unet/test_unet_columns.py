@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from statistics import median
 
 import pytest
 from hypothesis import given, settings
@@ -142,13 +143,15 @@ print(grown(lambda: run(large)))
     ],
     ids=["2-D same", "2-D valid", "3-D", "3-D bf16", "3-D thick slices", "residual", "attention", "U-Net++"],
 )  # fmt: skip
-def test_the_memory_of_a_stream_is_predicted(network, precision, slab, small, large):
+def test_the_memory_of_a_stream_is_predicted_within_15_percent(network, precision, slab, small, large):
     cross = tuple((0, n) for n in large[1:])
     schedule = schedule_of(chain_of(network), cross, in_channels=1, order=tuple(range(network.dims)), slab=slab)
     predicted = stream_bytes(schedule, itemsize=Precision(precision).itemsize)
-    ratio = measured(MEASURE, [network.to_json(), precision, slab, small, large]) / predicted
-    print(f"measured / predicted = {ratio:.2f}")
-    assert 0.8 < ratio < 1.2  # the median is within 15 percent; where the heap puts a tensor differs by a tenth
+    ratios = [measured(MEASURE, [network.to_json(), precision, slab, small, large]) / predicted]
+    if not 0.85 < ratios[0] < 1.15:  # where the heap puts a tensor differs by a tenth: it is the median that is told
+        ratios += [measured(MEASURE, [network.to_json(), precision, slab, small, large]) / predicted for _ in range(2)]
+    print(f"measured / predicted = {ratios}")
+    assert 0.85 < median(ratios) < 1.15
 
 
 def test_settings_that_break_a_rule_are_refused():
