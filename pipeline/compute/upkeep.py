@@ -1,6 +1,6 @@
 """Upkeep: what runs on the Dask scheduler itself, so that a cluster that lives for months stays as it was at first.
 
-A scheduler without haloseg cannot run it. Then it keeps 0.7 KiB for every block, and workers keep the state of runs
+A scheduler without haloseg cannot run it. Then it keeps 0.7 KiB for every task, and workers keep the state of runs
 whose process was killed.
 """
 
@@ -22,6 +22,9 @@ log = logging.getLogger("haloseg")
 
 T = TypeVar("T")
 PREFIX = "haloseg-"
+# One span for all tasks, for ever: of each moment without a task Dask makes a new one, and scheduler and workers keep
+# counters of every span there was.
+SPAN = {"name": ("haloseg",), "ids": ("haloseg",)}
 
 
 def on_scheduler(client: Client, function: Callable[[Scheduler], T]) -> T | None:
@@ -37,10 +40,12 @@ def on_scheduler(client: Client, function: Callable[[Scheduler], T]) -> T | None
 def forget_submits(dask_scheduler: Scheduler) -> None:
     """Drop the notes that the scheduler takes of every submit and never reads: memory would grow with the blocks.
 
-    Span.add_metadata of distributed 2026.8 appends to a list without end; key_split keeps 100,000 keys.
+    Of distributed 2026.8, Span.add_metadata appends to a list without end, Span.groups keeps what has ended, and
+    key_split keeps 100,000 keys.
     """
     key_split.cache_clear()
     for span in dask_scheduler.extensions["spans"].spans.values():
+        span.groups = {group for group in span.groups if not group.done}
         if span.metadata:
             span.metadata["collections"].clear()
 

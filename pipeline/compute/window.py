@@ -1,4 +1,8 @@
-"""Window: a run's blocks on a Dask cluster, a few per worker at a time, until every one is done or quarantined."""
+"""Window: a run's blocks on a Dask cluster, a few tasks per worker at a time, until all are done or quarantined.
+
+A Dask task costs some milliseconds of the one scheduler. Blocks that are short go in tasks of many, as many as fit into
+half a second, so that a hundred workers ask for no more than two hundred tasks a second; any other block is a task.
+"""
 
 # distributed is typed in parts only
 # mypy: disable-error-code="no-untyped-call"
@@ -12,29 +16,35 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 from queue import Empty, SimpleQueue
 from threading import Event
 from time import monotonic
 from typing import Any, Self
 
+from dask.base import annotate
 from distributed import Client, Future, KilledWorker
 
-from pipeline.compute.resident import Failed, Outcome, Stopped, run_block
+from pipeline.compute.resident import Failed, Stopped, TaskOutcome, run_blocks
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
-from pipeline.compute.upkeep import forget_submits, on_scheduler
+from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
 from pipeline.errors import GivenUpError, RunError
 
 log = logging.getLogger("haloseg")
 
-BLOCKS_PER_WORKER = 4
+TASKS_PER_WORKER = 4
+TASK_S = 0.5
+LARGEST_TASK = 100
 REFRESH_S = 2.0
+RESULT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One attempt at a block; ``avoid`` is the worker on which the last one failed."""
+    """One attempt at some blocks; ``avoid`` is the worker on which the last one, at a block alone, failed."""
 
-    index: int
+    indices: tuple[int, ...]
     attempt: int = 0
     avoid: str = ""
 
@@ -42,9 +52,9 @@ class _Task:
 class Window:
     """The blocks in flight of one run; what it holds does not grow with the number of blocks.
 
-    Dask counts a worker's death against every block that was on its way to that worker, and gives up a block after
-    some deaths. Such a block is only a suspect: when all others are done it runs again, alone, and then the blame is
-    sure.
+    Dask counts a worker's death against every task that was on its way to that worker, and gives up a task after some
+    deaths. The blocks of a task of many then become tasks of their own. A block that was alone in its task is only a
+    suspect: when all others are done it runs again, the only one in flight, and then the blame is sure.
 
     Parameters
     ----------
@@ -60,8 +70,9 @@ class Window:
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
-        self._in_flight: dict[Future[Outcome], _Task] = {}
-        self._finished: SimpleQueue[Future[Outcome]] = SimpleQueue()
+        self._in_flight: dict[Future[TaskOutcome], _Task] = {}
+        self._finished: SimpleQueue[Future[TaskOutcome]] = SimpleQueue()
+        self._numbers, self._n_per_task = count(), 1
         self._again: deque[_Task] = deque()
         self._suspects: list[_Task] = []
         self._quarantined: list[Quarantined] = []
@@ -83,66 +94,80 @@ class Window:
 
     def run(self, indices: Iterable[int]) -> tuple[Quarantined, ...]:
         """Run every block; the iterable is read only as far as there is room in the window."""
-        self._drain(_Task(index) for index in indices)
+        self._drain(iter(indices))
         self._alone = True
         for suspect in self._suspects:
-            self._drain(iter((suspect,)))
+            self._again.append(suspect)
+            self._drain(iter(()))
         return tuple(self._quarantined)
 
-    def _drain(self, tasks: Iterator[_Task]) -> None:
-        self._fill(tasks)
+    def _drain(self, indices: Iterator[int]) -> None:
+        self._fill(indices)
         while self._in_flight:
             if self._given_up.is_set():
                 raise GivenUpError
-            futures = self._next_finished()
-            for future, outcome in zip(futures, self._outcomes(futures), strict=True):
+            for future, outcome in self._outcomes(self._next_finished()):
                 self._settle(self._in_flight.pop(future), outcome)
-            self._fill(tasks)
+            self._fill(indices)
 
-    def _fill(self, tasks: Iterator[_Task]) -> None:
+    def _fill(self, indices: Iterator[int]) -> None:
         if monotonic() - self._asked_s > REFRESH_S:
             self._refresh()
-        while len(self._in_flight) < BLOCKS_PER_WORKER * max(1, len(self._workers)):
-            task = self._again.popleft() if self._again else next(tasks, None)
-            if task is None:
+        while len(self._in_flight) < TASKS_PER_WORKER * max(1, len(self._workers)):
+            task = self._again.popleft() if self._again else _Task(tuple(islice(indices, self._n_per_task)))
+            if not task.indices:
                 return
             self._submit(task)
 
     def _submit(self, task: _Task) -> None:
         others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
-        future = self._client.submit(
-            run_block, self._name, task.index,
-            key=f"{self._name}-{task.index}-{task.attempt}", pure=False, retries=0, priority=self._priority,
-            resources={"GPU": 1} if self._gpu else None,
-            workers=sorted(others) or None, allow_other_workers=bool(others),
-        )  # fmt: skip
+        with annotate(span=SPAN):
+            future = self._client.submit(
+                run_blocks, self._name, task.indices, TASK_S,
+                key=f"{self._name}-{next(self._numbers)}", pure=False, retries=0, priority=self._priority,
+                resources={"GPU": 1} if self._gpu else None,
+                workers=sorted(others) or None, allow_other_workers=bool(others),
+            )  # fmt: skip
         self._in_flight[future] = task
         future.add_done_callback(self._finished.put)
 
-    def _next_finished(self) -> list[Future[Outcome]]:
+    def _next_finished(self) -> list[Future[TaskOutcome]]:
         """Return all attempts that have finished, as soon as there is one; none if that takes long."""
-        futures: list[Future[Outcome]] = []
+        futures: list[Future[TaskOutcome]] = []
         with suppress(Empty):
             futures.append(self._finished.get(timeout=REFRESH_S))
             while True:
                 futures.append(self._finished.get_nowait())
         return futures
 
-    def _outcomes(self, futures: list[Future[Outcome]]) -> list[object]:
-        """Return what the attempts sent back, in one message if none of them has an error."""
+    def _outcomes(self, futures: list[Future[TaskOutcome]]) -> list[tuple[Future[TaskOutcome], object]]:
+        """Return what the attempts sent back, in one message if none of them has an error.
+
+        A worker may die with results that nobody has fetched: Dask runs those tasks again as soon as there is a worker,
+        and they come another time.
+        """
+        gather = partial(self._client.gather, futures, asynchronous=True)
         with suppress(Exception, asyncio.CancelledError):
-            return list(self._client.gather(futures))
-        return [_outcome(future) for future in futures]
+            outcomes = self._client.sync(gather, callback_timeout=RESULT_TIMEOUT_S)
+            return list(zip(futures, outcomes, strict=True))
+        found: list[tuple[Future[TaskOutcome], object]] = []
+        for future in futures:
+            try:
+                found.append((future, future.result(timeout=RESULT_TIMEOUT_S if future.done() else 0)))
+            except TimeoutError:
+                future.add_done_callback(self._finished.put)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 sorted by kind in _settle
+                found.append((future, error))
+        return found
 
     def _settle(self, task: _Task, outcome: object) -> None:
         """Act on what one attempt came to."""
         match outcome:
-            case BlockRecord():
-                self._on_record(outcome)
-            case Failed():
-                self._count_against(task, outcome.cause, worker=outcome.worker)
-            case Stopped():
-                raise outcome.error
+            case TaskOutcome():
+                n_begun = len(outcome.of_blocks)
+                for index, of_block in zip(task.indices[:n_begun], outcome.of_blocks, strict=True):
+                    self._settle_block(index, of_block, attempt=task.attempt)
+                self._pace(task, n_begun, seconds=outcome.seconds)
             case KilledWorker():
                 self._suspect(task, n_deaths=outcome.allowed_failures + 1)
             case concurrent.futures.CancelledError() | asyncio.CancelledError() | OSError():
@@ -151,27 +176,51 @@ class Window:
                     "done is kept, start the scheduler and run the same command again"
                 )
             case BaseException():
-                self._count_against(task, cause_of(outcome), worker="")
+                for index in task.indices:
+                    self._count_against(index, cause_of(outcome), attempt=task.attempt, worker="")
+
+    def _settle_block(self, index: int, outcome: object, *, attempt: int) -> None:
+        match outcome:
+            case BlockRecord():
+                self._on_record(outcome)
+            case Failed():
+                self._count_against(index, outcome.cause, attempt=attempt, worker=outcome.worker)
+            case Stopped():
+                raise outcome.error
             case _:
                 raise TypeError(f"the run of a block must return a BlockRecord, got {outcome!r}; return one")
 
-    def _count_against(self, task: _Task, cause: str, *, worker: str) -> None:
-        """Try the block again, on another worker if there is one, up to the number of retries."""
-        log.warning("block %d failed, attempt %d of %d: %s", task.index, task.attempt + 1, 1 + RETRIES, cause)
-        if task.attempt < RETRIES:
-            self._again.append(_Task(task.index, task.attempt + 1, worker))
+    def _pace(self, task: _Task, n_begun: int, *, seconds: float) -> None:
+        """Choose how many blocks go into the next tasks, and put back those of this one that did not begin."""
+        n_blocks = len(task.indices)
+        if n_begun < n_blocks:
+            self._n_per_task = n_begun
+            left = range(n_begun, n_blocks, n_begun)
+            self._again.extend(_Task(task.indices[start : start + n_begun], task.attempt) for start in left)
+        elif seconds < TASK_S / 2:
+            self._n_per_task = max(self._n_per_task, min(2 * n_blocks, LARGEST_TASK))
+
+    def _count_against(self, index: int, cause: str, *, attempt: int, worker: str) -> None:
+        """Try the block again, alone, on another worker if there is one, up to the number of retries."""
+        log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, cause)
+        if attempt < RETRIES:
+            self._again.append(_Task((index,), attempt + 1, worker))
         else:
-            self._quarantine(Quarantined(task.index, cause))
+            self._quarantine(Quarantined(index, cause))
 
     def _suspect(self, task: _Task, *, n_deaths: int) -> None:
-        """Set aside a block whose workers died; quarantine it if it was alone."""
+        """Set aside a block whose workers died; quarantine it if none other was in flight."""
+        if len(task.indices) > 1:
+            self._again.extend(_Task((index,), task.attempt) for index in task.indices)
+            return
+        (index,) = task.indices
         cause = f"worker died {n_deaths} times on this block (out of memory, or stuck?)"
         if self._alone:
-            self._quarantine(Quarantined(task.index, cause))
+            self._quarantine(Quarantined(index, cause))
             return
-        log.warning("block %d is run again when all others are done: %d workers died under it", task.index, n_deaths)
-        self._suspects.append(_Task(task.index, task.attempt + 1))
-        check_quarantine([*self._quarantined, *(Quarantined(each.index, cause) for each in self._suspects)])
+        log.warning("block %d is run again when all others are done: %d workers died under it", index, n_deaths)
+        self._suspects.append(_Task((index,), task.attempt + 1))
+        check_quarantine([*self._quarantined, *(Quarantined(each.indices[0], cause) for each in self._suspects)])
 
     def _quarantine(self, block: Quarantined) -> None:
         self._quarantined.append(block)
@@ -193,11 +242,3 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
-
-
-def _outcome(future: Future[Outcome]) -> object:
-    """Return what a finished attempt sent back, or the error that Dask had with it; the future is let go."""
-    try:
-        return future.result()
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 sorted by kind in _settle
-        return error

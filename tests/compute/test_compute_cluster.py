@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from itertools import count
+from math import inf
 from pathlib import Path
 
 import prometheus_client
@@ -16,7 +17,7 @@ from dask.system import CPU_COUNT
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import BlockRecord, Quarantined, run_serial
-from pipeline.compute.window import BLOCKS_PER_WORKER
+from pipeline.compute.window import TASKS_PER_WORKER
 from pipeline.errors import ArgumentError, ModelError, RunError, StorageError
 
 N_WORKERS = 2
@@ -49,9 +50,20 @@ def attempts(folder: Path, index: int) -> list[str]:
     return [each.read_text() for each in sorted((folder / "attempts").glob(f"{index}-*"))]
 
 
-def n_notes(dask_scheduler) -> int:
-    spans = dask_scheduler.extensions["spans"].spans.values()
-    return sum(len(span.metadata["collections"]) for span in spans if span.metadata)
+def kept(dask_scheduler) -> dict[str, int]:
+    """Return how much the scheduler keeps of tasks, those of now and those that were."""
+    spans = dask_scheduler.extensions["spans"]
+    return {
+        "tasks": len(dask_scheduler.tasks), "groups": len(dask_scheduler.task_groups),
+        "spans": len(spans.spans) + len(spans.root_spans) + sum(map(len, spans.spans_search_by_name.values())),
+        "notes": sum(len(span.metadata["collections"]) for span in spans.spans.values() if span.metadata),
+        "groups of spans": sum(len(span.groups) for span in spans.spans.values()),
+        "prefixes": len(dask_scheduler.task_prefixes), "counters": len(dask_scheduler.cumulative_worker_metrics),
+    }  # fmt: skip
+
+
+def spans_counted(dask_worker) -> set[str]:
+    return {name[1] for name in list(dask_worker.digests_total) if isinstance(name, tuple) and name[0] == "execute"}
 
 
 def plugins(dask_scheduler) -> list[str]:
@@ -139,7 +151,7 @@ def test_an_error_of_ours_ends_the_run_at_once_unchanged(run, tmp_path):
     with pytest.raises(StorageError, match=r"^the disk must have room, got none; free some$"):
         run(Scripted(str(tmp_path), acts=((20, "disk full"),)), indices, on_record=records.append)
     assert len(attempts(tmp_path, 20)) == 1
-    assert next(indices) < 20 + 1 + 2 * BLOCKS_PER_WORKER * N_WORKERS
+    assert next(indices) < 20 + 1 + 2 * TASKS_PER_WORKER * N_WORKERS
 
 
 def test_an_error_of_ours_in_setup_ends_the_run_unchanged(run, tmp_path):
@@ -152,7 +164,8 @@ def test_any_other_error_in_setup_ends_the_run_with_its_cause(run, tmp_path):
         run(Scripted(str(tmp_path), setup_fails_with="no device"), range(5), on_record=pytest.fail)
 
 
-def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path):
+@pytest.mark.parametrize("task_s", [0.0, inf])
+def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path, monkeypatch, task_s):
     n_read, records, most = count(), [], []
 
     def indices():
@@ -161,15 +174,60 @@ def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path):
             most.append(index + 1 - len(records))
             yield index
 
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", task_s)
+    monkeypatch.setattr("pipeline.compute.window.LARGEST_TASK", 5)
     run(Scripted(str(tmp_path)), indices(), on_record=records.append)
     assert next(n_read) == len(records) == 200
-    assert max(most) == BLOCKS_PER_WORKER * N_WORKERS
+    tasks = TASKS_PER_WORKER * N_WORKERS
+    assert max(most) == tasks if task_s == 0 else tasks < max(most) <= 5 * tasks
 
 
-def test_the_scheduler_takes_no_notes_that_grow_with_the_blocks(run, tmp_path, monkeypatch):
+def test_short_blocks_go_in_tasks_of_many_and_each_is_settled_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
+    records = []
+    acts = ((20, "fail"), (25, "fail twice"), (30, "die thrice"))  # thrice: a task of one block would be a suspect
+    failed = run(Scripted(str(tmp_path), acts), range(60), on_record=records.append)
+    assert failed == (Quarantined(20, "ValueError: this block fails"),)
+    assert done(records) == [index for index in range(60) if index != 20]
+    assert [len(attempts(tmp_path, index)) for index in (20, 25, 30)] == [3, 3, 4]
+
+
+def test_an_error_of_ours_in_a_task_of_many_ends_it_and_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
+    records = []
+    with pytest.raises(StorageError, match=r"^the disk must have room, got none; free some$"):
+        run(Scripted(str(tmp_path), acts=((20, "disk full"),)), count(), on_record=records.append)
+    assert set(range(8)) <= set(done(records))
+    assert len(attempts(tmp_path, 20)) == 1
+
+
+def test_blocks_of_a_task_that_takes_too_long_go_to_others_and_run_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
+    records = []
+
+    def on_record(record: BlockRecord) -> None:
+        records.append(record)
+        if len(records) == 50:
+            monkeypatch.setattr("pipeline.compute.window.TASK_S", 0.0)
+
+    assert run(Scripted(str(tmp_path)), range(300), on_record=on_record) == ()
+    assert done(records) == list(range(300))
+    assert len(list((tmp_path / "attempts").iterdir())) == 300
+
+
+def test_scheduler_and_workers_keep_nothing_that_grows_with_the_blocks_or_the_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", 0.0)
     monkeypatch.setattr("pipeline.compute.window.REFRESH_S", 0.05)
-    run(Scripted(str(tmp_path)), range(400), on_record=lambda _: None)
-    assert run.client.run_on_scheduler(n_notes) < 200
+    work = Scripted(str(tmp_path))
+    run(work, range(20), on_record=lambda _: None)
+    before = run.client.run_on_scheduler(kept)
+    for _ in range(20):  # between two runs there is no task, and Dask would begin a new span
+        run(work, range(20), on_record=lambda _: None)
+    after = run.client.run_on_scheduler(kept)
+    assert [after[name] for name in ("spans", "prefixes")] == [before[name] for name in ("spans", "prefixes")]
+    assert after["counters"] < before["counters"] + 20
+    assert all(after[name] < 2 * 20 for name in ("tasks", "notes", "groups", "groups of spans"))
+    assert set().union(*run.client.run(spans_counted).values()) == {"haloseg"}
 
 
 def test_a_block_that_runs_ends_soon_when_its_run_is_cancelled(run, tmp_path):
@@ -222,7 +280,7 @@ def test_an_error_in_the_caller_cancels_the_run_and_the_workers_go_on_to_the_nex
     records = []
     assert run(Scripted(str(tmp_path / "second")), range(10), on_record=records.append) == ()
     assert done(records) == list(range(10))
-    assert len(files(tmp_path / "first", "blocks")) <= BLOCKS_PER_WORKER * N_WORKERS
+    assert len(files(tmp_path / "first", "blocks")) <= TASKS_PER_WORKER * N_WORKERS
 
 
 def test_workers_share_the_cores(run, tmp_path):

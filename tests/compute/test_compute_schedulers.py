@@ -18,6 +18,7 @@ from compute_works import Scripted
 from pipeline.compute import cluster
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import run_serial
+from pipeline.compute.window import TASKS_PER_WORKER
 from pipeline.errors import ClusterError, RunError
 
 
@@ -109,6 +110,26 @@ def test_a_run_that_loses_every_worker_ends(tmp_path):
             open_runner(cluster=started.address, n_workers=1, worker_timeout_s=1) as run,
         ):
             run(Scripted(str(tmp_path), sleep_s=0.05), range(1000), on_record=lambda _: worker.kill())
+
+
+def test_a_run_whose_results_die_with_the_last_worker_ends(tmp_path):
+    with processes(tmp_path) as started:
+        worker = started.worker("--nthreads", "1", "--no-nanny")
+
+        def kill(_record):
+            until = time.monotonic() + 60
+            while len(list((tmp_path / "blocks").iterdir())) < TASKS_PER_WORKER and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.2)  # the client hears that they are done, and has not fetched them
+            worker.kill()
+            worker.wait()
+
+        rule = r"^a run needs at least one worker, got none for 1 s"
+        with (
+            pytest.raises(RunError, match=rule),
+            open_runner(cluster=started.address, n_workers=1, worker_timeout_s=1) as run,
+        ):
+            run(Scripted(str(tmp_path), sleep_s=0.3), range(1000), on_record=kill)
 
 
 def test_a_scheduler_without_workers_is_refused(tmp_path, monkeypatch):
