@@ -25,6 +25,8 @@ from pipeline.unet.settings import UNetSettings
 SLAB_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
 # Slabs of one stride, whose deepest level is a single row, take this share longer than long ones (measured, 2-D, 3-D).
 THIN_SLAB = {2: 0.16, 3: 0.05}
+# Multiplications that take as long as a layer's call itself does, with a slab of no voxels (measured: no fewer).
+CALL_MULTIPLY_ADDS = 200_000
 LONGEST = 16
 SLABS_AHEAD = 2
 
@@ -56,7 +58,7 @@ class Columns:
 class Cost:
     """What a plan of columns takes: multiplications of all layers, and bytes of one worker.
 
-    ``slowest`` is the time of the busiest worker, in multiplications of long slabs.
+    ``slowest`` is the time of the busiest worker, in multiplications of long slabs, the calls of the layers included.
     """
 
     multiply_adds: int
@@ -176,11 +178,13 @@ class Streaming:
 
     def cost(self, columns: Columns, *, n_workers: int) -> Cost:
         """Return arithmetic and memory of all columns."""
-        kinds = self._kinds(columns)
-        total = sum(n * each for each, n in kinds)
-        n_columns = sum(n for _, n in kinds)
+        total, n_columns, times = 0, 0, list[tuple[float, int]]()
         slow = 1 + THIN_SLAB[self.settings.dims] * (self.settings.stride / columns.slab) ** 2
-        return Cost(total, self.peak_bytes(columns), n_columns, slow * _makespan(kinds, n_workers))
+        for shape, n in self._kinds(columns):
+            made = self._column_multiply_adds(columns, shape)
+            times.append((slow * made + CALL_MULTIPLY_ADDS * self._calls(columns, shape), n))
+            total, n_columns = total + n * made, n_columns + n
+        return Cost(total, self.peak_bytes(columns), n_columns, _makespan(times, n_workers))
 
     def multiply_adds_per_row(self, columns: Columns) -> float:
         """Return the multiplications for one row of a part of a column, once the stream is under way."""
@@ -207,17 +211,21 @@ class Streaming:
             total *= read
         return total
 
-    def _kinds(self, columns: Columns) -> list[tuple[int, int]]:
-        """Return (multiplications, how many) of the columns of each size: those inside, and those at the far ends."""
+    def _kinds(self, columns: Columns) -> list[tuple[tuple[int, ...], int]]:
+        """Return (shape, how many) of the columns of each size: those inside, and those at the far ends."""
         grid = columns.grid(self.shards)
-        axes = []
-        for size, core in zip(grid.shape, grid.core_shape, strict=True):
-            rest = size % core
-            axes.append([(core, size // core)] * (size >= core) + [(rest, 1)] * bool(rest))
-        return [
-            (self._column_multiply_adds(columns, tuple(n for n, _ in kind)), prod(m for _, m in kind))
-            for kind in product(*axes)
+        axes = [
+            [(core, size // core)] * (size >= core) + [(size % core, 1)] * (size % core > 0)
+            for size, core in zip(grid.shape, grid.core_shape, strict=True)
         ]
+        return [(tuple(n for n, _ in kind), prod(m for _, m in kind)) for kind in product(*axes)]
+
+    def _calls(self, columns: Columns, shape: tuple[int, ...]) -> int:
+        """Return how often the layers of one column of this shape are called."""
+        of = zip(shape, columns.part_shape, strict=True)
+        return len(chain_of(self.settings)) * prod(
+            ceil(size / (columns.slab if at == columns.axis else part)) for at, (size, part) in enumerate(of)
+        )
 
     def _column_multiply_adds(self, columns: Columns, shape: tuple[int, ...]) -> int:
         """Return the multiplications of one column of this shape, warm-up and part-filled slabs included."""
@@ -270,12 +278,12 @@ def _shares(n: int, *, most: int) -> list[int]:
     return fit
 
 
-def _makespan(kinds: list[tuple[int, int]], n_workers: int) -> float:
+def _makespan(kinds: list[tuple[float, int]], n_workers: int) -> float:
     """Return the work of the busiest of the workers, each column going to the one that is free first."""
     total, largest = sum(n * each for each, n in kinds), max(each for each, _ in kinds)
     if sum(n for _, n in kinds) > 64 * n_workers:
         return total / n_workers + largest / 2
-    loads = [0] * n_workers
+    loads = [0.0] * n_workers
     for each, n in sorted(kinds, reverse=True):
         for _ in range(n):
             heapq.heapreplace(loads, loads[0] + each)
