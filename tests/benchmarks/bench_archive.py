@@ -2,9 +2,10 @@
 
 - idle: scans of timed blocks on two workers, each with an ingest before and a report after it, by the lanes of the
   archive's flow: share of the workers' time that is idle with one scan at once, and with two.
-- blocks: a work that does nothing on 64 simulated workers: blocks/s, and the memory of scheduler and client.
+- blocks: a work that does nothing on 64 simulated workers, in tasks of many blocks or, one by one, each a task as long
+  blocks are: blocks/s, and the memory of the one process that all are in, tenth by tenth.
 
-    python tests/benchmarks/bench_archive.py [--only idle|blocks] [--blocks 100000] [--workers 64]
+    python tests/benchmarks/bench_archive.py [--only idle|blocks] [--blocks 100000] [--one-by-one] [--workers 64]
 """
 
 import argparse
@@ -15,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import dask
 import psutil
 from distributed import Client, LocalCluster
 
-from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute import window
+from pipeline.compute.cluster import LOG_LENGTH, DaskRunner, open_runner
 from pipeline.compute.runner import BlockRecord
 
 INGEST_S, REPORT_S, BLOCK_S = 2.0, 1.0, 0.5
@@ -69,25 +72,33 @@ def bench_idle():
     return rows
 
 
-def bench_blocks(n_blocks, n_workers):
+def bench_blocks(n_blocks, n_workers, *, one_by_one):
+    window.TASK_S = 0.0 if one_by_one else window.TASK_S
     process, resident, n_done = psutil.Process(), [], 0
+    short_logs = {  # each worker keeps an hour of samples and 1000 messages: for 64 in one process, 300 MiB
+        "distributed.admin.low-level-log-length": LOG_LENGTH, "distributed.admin.system-monitor.log-length": LOG_LENGTH
+    }
 
     def on_record(_record):
         nonlocal n_done
         n_done += 1
         if n_done % (n_blocks // 10) == 0:
             resident.append(process.memory_info().rss >> 20)
+            print(n_done, f"{time.perf_counter() - begin:.0f} s", resident[-1], "MiB", file=sys.stderr, flush=True)
 
     with (
-        LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        dask.config.set(short_logs),
+        LocalCluster(
+            n_workers=n_workers, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit=0
+        ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         begin = time.perf_counter()
         DaskRunner(client)(Timed(0.0), range(n_blocks), on_record=on_record)
         took = time.perf_counter() - begin
     return [{
-        "case": f"{n_blocks} empty blocks, {n_workers} workers in one process", "blocks_per_s": round(n_blocks / took),
-        "mib": resident,
+        "case": f"{n_blocks} empty blocks{', one by one' if one_by_one else ''}, {n_workers} workers in one process",
+        "blocks_per_s": round(n_blocks / took), "mib": resident,
     }]  # fmt: skip
 
 
@@ -95,9 +106,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("idle", "blocks"))
     parser.add_argument("--blocks", type=int, default=100_000)
+    parser.add_argument("--one-by-one", action="store_true", help="each block is a task, however short")
     parser.add_argument("--workers", type=int, default=64)
     args = parser.parse_args()
-    benches = {"idle": bench_idle, "blocks": lambda: bench_blocks(args.blocks, args.workers)}
+    benches = {
+        "idle": bench_idle, "blocks": lambda: bench_blocks(args.blocks, args.workers, one_by_one=args.one_by_one)
+    }  # fmt: skip
     rows = [row for name, bench in benches.items() if args.only in (None, name) for row in bench()]
     folder = Path("build/bench")
     folder.mkdir(parents=True, exist_ok=True)
