@@ -37,6 +37,7 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_WORKER_TIMEOUT_S = 30.0
 WORKER_TIMEOUT_S = 300.0
 LOG_LENGTH = 100  # of Dask's logs for its own developers: 1000 messages to and from each worker are 1 MiB and more
+LOST_WORKER_TIMEOUT_S = 24 * 3600  # else Dask ends the nanny of a worker that is not back within 15 s
 _KILL_TIMEOUT_S = 0.2
 _ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -150,9 +151,11 @@ def _local_client(n_workers: int) -> Iterator[Client]:
     """
     own = os.environ.get("OMP_NUM_THREADS", "")  # torch lets MKL_NUM_THREADS, where it is set, overrule it
     n_threads = int(own) if own.isdigit() else max(1, CPU_COUNT // n_workers)
-    settings: dict[str, int] = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS}
-    settings["distributed.scheduler.allowed-failures"] = RETRIES
-    settings["distributed.admin.low-level-log-length"] = LOG_LENGTH
+    settings = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS} | {
+        "distributed.scheduler.allowed-failures": RETRIES,
+        "distributed.admin.low-level-log-length": LOG_LENGTH,
+        "distributed.deploy.lost-worker-timeout": LOST_WORKER_TIMEOUT_S,
+    }
     with (
         dask.config.set(settings),
         _kept_environment(),

@@ -17,8 +17,8 @@ from pipeline.compute.pulse import STUCK_AFTER_S, Pulse, StoppedError
 from pipeline.compute.runner import BlockRecord, BlockWork, cause_of
 from pipeline.errors import PipelineError, RunError
 
-# One block at a time in a process, whatever the threads of the worker and the runs that share it: memory is planned so.
-_ONE_BLOCK = Lock()
+# One task at a time in a process, whatever the threads of the worker and the runs that share it: memory is planned so.
+_ONE_TASK = Lock()
 _KEYS_KEPT = 1000  # of tasks that were, by Dask's key_split: it keeps 100,000, 30 MiB of them
 
 
@@ -75,7 +75,7 @@ class ResidentWork(WorkerPlugin):
 
     def run(self, index: int) -> Outcome:
         """Run one block, and count what it did."""
-        with _ONE_BLOCK, self._pulse.of_block(index):
+        with self._pulse.of_block(index):
             outcome = self._run(index)
         if isinstance(outcome, BlockRecord):
             count(outcome, work=self._kind)
@@ -116,12 +116,14 @@ def run_blocks(name: str, indices: tuple[int, ...], task_s: float) -> TaskOutcom
     """
     if key_split.cache_info().currsize > _KEYS_KEPT:
         key_split.cache_clear()
-    begin, outcomes = monotonic(), list[Outcome]()
-    for index in indices:
-        outcomes.append(_run_block(name, index))
-        if monotonic() - begin >= task_s or isinstance(outcomes[-1], Stopped):
-            break
-    return TaskOutcome(tuple(outcomes), monotonic() - begin)
+    outcomes: list[Outcome] = []
+    with _ONE_TASK:
+        begin = monotonic()
+        for index in indices:
+            outcomes.append(_run_block(name, index))
+            if monotonic() - begin >= task_s or isinstance(outcomes[-1], Stopped):
+                break
+        return TaskOutcome(tuple(outcomes), monotonic() - begin)
 
 
 def _run_block(name: str, index: int) -> Outcome:

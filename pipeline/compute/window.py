@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from queue import Empty, SimpleQueue
@@ -38,15 +38,17 @@ TASK_S = 0.5
 LARGEST_TASK = 100
 REFRESH_S = 2.0
 RESULT_TIMEOUT_S = 5.0
+LOST_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One attempt at some blocks; ``avoid`` is the worker on which the last one, at a block alone, failed."""
+    """One attempt at some blocks; ``avoid`` is where the last one, at a block alone, failed; ``others`` may run it."""
 
     indices: tuple[int, ...]
     attempt: int = 0
     avoid: str = ""
+    others: frozenset[str] = frozenset()
 
 
 class Window:
@@ -72,6 +74,7 @@ class Window:
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
         self._in_flight: dict[Future[TaskOutcome], _Task] = {}
         self._finished: SimpleQueue[Future[TaskOutcome]] = SimpleQueue()
+        self._lost: list[Future[TaskOutcome]] = []
         self._numbers, self._n_per_task = count(), 1
         self._again: deque[_Task] = deque()
         self._suspects: list[_Task] = []
@@ -91,6 +94,7 @@ class Window:
             with suppress(Exception):  # a cluster that is gone has nothing to cancel, and the cause is on its way up
                 self._client.cancel(list(self._in_flight), force=True)
         self._in_flight.clear()
+        self._lost.clear()
 
     def run(self, indices: Iterable[int]) -> tuple[Quarantined, ...]:
         """Run every block; the iterable is read only as far as there is room in the window."""
@@ -128,24 +132,25 @@ class Window:
                 resources={"GPU": 1} if self._gpu else None,
                 workers=sorted(others) or None, allow_other_workers=bool(others),
             )  # fmt: skip
-        self._in_flight[future] = task
+        self._in_flight[future] = replace(task, others=others)
         future.add_done_callback(self._finished.put)
 
     def _next_finished(self) -> list[Future[TaskOutcome]]:
-        """Return all attempts that have finished, as soon as there is one; none if that takes long."""
-        futures: list[Future[TaskOutcome]] = []
+        """Return all attempts that have finished, as soon as there is one; none if that takes long.
+
+        A worker may die with results that nobody has fetched. They are lost; Dask runs those tasks again.
+        """
+        futures = [future for future in self._lost if future.done()]
         with suppress(Empty):
-            futures.append(self._finished.get(timeout=REFRESH_S))
+            if not futures:
+                futures.append(self._finished.get(timeout=LOST_POLL_S if self._lost else REFRESH_S))
             while True:
                 futures.append(self._finished.get_nowait())
-        return futures
+        self._lost = [future for future in {*self._lost, *futures} if not future.done()]
+        return [future for future in futures if future not in self._lost and future in self._in_flight]
 
     def _outcomes(self, futures: list[Future[TaskOutcome]]) -> list[tuple[Future[TaskOutcome], object]]:
-        """Return what the attempts sent back, in one message if none of them has an error.
-
-        A worker may die with results that nobody has fetched: Dask runs those tasks again as soon as there is a worker,
-        and they come another time.
-        """
+        """Return what the attempts sent back, in one message if none of them has an error, but for what is lost."""
         gather = partial(self._client.gather, futures, asynchronous=True)
         with suppress(Exception, asyncio.CancelledError):
             outcomes = self._client.sync(gather, callback_timeout=RESULT_TIMEOUT_S)
@@ -155,7 +160,7 @@ class Window:
             try:
                 found.append((future, future.result(timeout=RESULT_TIMEOUT_S if future.done() else 0)))
             except TimeoutError:
-                future.add_done_callback(self._finished.put)
+                self._lost.append(future)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 sorted by kind in _settle
                 found.append((future, error))
         return found
@@ -235,6 +240,7 @@ class Window:
         self._gpu = self._gpu or bool(with_gpu)
         self._workers = with_gpu if self._gpu else frozenset(every)
         self._mixed = len(self._workers) < len(every)
+        self._free()
         if self._workers:
             self._seen_s = now
         elif now - self._seen_s > self._worker_timeout_s:
@@ -242,3 +248,11 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
+
+    def _free(self) -> None:
+        """Submit anew what was to run on workers that are all gone: Dask lets it wait for them (distributed 2026.8)."""
+        for future, task in list(self._in_flight.items()):
+            if task.others and not task.others & self._workers and not future.done():
+                del self._in_flight[future]
+                self._client.cancel([future], force=True)
+                self._again.append(_Task(task.indices, task.attempt))

@@ -39,7 +39,8 @@ class Timed:
 
     def run(self, _state, index):
         begin = time.perf_counter()
-        time.sleep(self.seconds)
+        if self.seconds:
+            time.sleep(self.seconds)
         return BlockRecord(index, 1, 0.0, time.perf_counter() - begin, 0.0)
 
 
@@ -75,9 +76,10 @@ def bench_idle():
 def bench_blocks(n_blocks, n_workers, *, one_by_one):
     window.TASK_S = 0.0 if one_by_one else window.TASK_S
     process, resident, n_done = psutil.Process(), [], 0
-    short_logs = {  # each worker keeps an hour of samples and 1000 messages: for 64 in one process, 300 MiB
-        "distributed.admin.low-level-log-length": LOG_LENGTH, "distributed.admin.system-monitor.log-length": LOG_LENGTH
-    }
+    settings = {  # what 64 workers look at, each in its process, one process would look at 64 times
+        "distributed.admin.low-level-log-length": LOG_LENGTH, "distributed.worker.profile.enabled": False,
+        "distributed.admin.system-monitor.interval": "60s", "distributed.admin.tick.interval": "10s",
+    }  # fmt: skip
 
     def on_record(_record):
         nonlocal n_done
@@ -87,7 +89,7 @@ def bench_blocks(n_blocks, n_workers, *, one_by_one):
             print(n_done, f"{time.perf_counter() - begin:.0f} s", resident[-1], "MiB", file=sys.stderr, flush=True)
 
     with (
-        dask.config.set(short_logs),
+        dask.config.set(settings),
         LocalCluster(
             n_workers=n_workers, threads_per_worker=1, processes=False, dashboard_address=None, memory_limit=0
         ) as cluster,
