@@ -186,11 +186,10 @@ def test_few_blocks_are_in_flight_however_many_there_are(run, tmp_path, monkeypa
 def test_short_blocks_go_in_tasks_of_many_and_each_is_settled_alone(run, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
     records = []
-    acts = ((20, "fail"), (25, "fail twice"), (30, "die thrice"))  # thrice: a task of one block would be a suspect
-    failed = run(Scripted(str(tmp_path), acts), range(60), on_record=records.append)
+    failed = run(Scripted(str(tmp_path), ((20, "fail"), (25, "fail twice"))), range(60), on_record=records.append)
     assert failed == (Quarantined(20, "ValueError: this block fails"),)
     assert done(records) == [index for index in range(60) if index != 20]
-    assert len(files(tmp_path, "blocks")) == 59
+    assert [len(attempts(tmp_path, index)) for index in (19, 20, 21, 25)] == [1, 3, 1, 3]
 
 
 def test_an_error_of_ours_in_a_task_of_many_ends_it_and_the_run(run, tmp_path, monkeypatch):
