@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
+from pipeline.compute.address import check_address
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
@@ -39,7 +39,6 @@ WORKER_TIMEOUT_S = 300.0
 LOG_LENGTH = 100  # of Dask's logs for its own developers: 1000 messages to and from each worker are 1 MiB and more
 LOST_WORKER_TIMEOUT_S = 24 * 3600  # else Dask ends the nanny of a worker that is not back within 15 s
 _KILL_TIMEOUT_S = 0.2
-_ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _NOISY_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado.application", "asyncio")
 
@@ -133,11 +132,7 @@ def open_runner(
     """
     if n_workers < 1:
         raise ArgumentError(f"a run needs at least 1 worker, got {n_workers}; use 1 or more")
-    if cluster != "local" and not _ADDRESS.fullmatch(cluster):
-        raise ArgumentError(
-            f'cluster must be "local", tcp://host:port or tls://host:port, got "{cluster}"; '
-            "use the address that the scheduler prints"
-        )
+    check_address(cluster)
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
         client.forward_logging("haloseg")
         yield DaskRunner(client, worker_timeout_s, stuck_after_s)

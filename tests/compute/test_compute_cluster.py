@@ -14,6 +14,7 @@ import pytest
 from compute_works import Beating, Environment, Scripted
 from dask.system import CPU_COUNT
 
+from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import BlockRecord, Quarantined, run_serial
@@ -305,6 +306,19 @@ def test_a_cluster_is_local_or_an_address(cluster):
     rule = r'^cluster must be "local", tcp://host:port or tls://host:port, got "'
     with pytest.raises(ArgumentError, match=rule), open_runner(cluster=cluster, n_workers=1):
         pytest.fail("opened")
+
+
+def test_a_service_takes_the_clusters_that_it_is_for_alone(monkeypatch):
+    check_cluster("tls://anywhere:8786")
+    monkeypatch.setenv("HALOSEG_CLUSTERS", "tls://here:8786, local")
+    check_cluster("tls://here:8786")
+    check_cluster("local")
+    rule = r"^cluster must be in HALOSEG_CLUSTERS \(tls://here:8786, local\), got"
+    for other in ("tls://here:8787", "tcp://here:8786", "tls://here.evil:8786", "tls://HERE:8786"):
+        with pytest.raises(ArgumentError, match=rule):
+            check_cluster(other)
+    with pytest.raises(ArgumentError, match=r'^cluster must be "local", tcp://'):
+        check_cluster("http://here:8786")
 
 
 def test_there_is_at_least_one_worker():

@@ -20,7 +20,7 @@ AUTOMATIONS = {each["name"]: each for each in load("automations.yaml")["automati
 GIVEN = {
     "HALOSEG_CLUSTER": "tls://dask-scheduler:8786", "HALOSEG_ROOTS": "/data,s3://scans", "HALOSEG_ARCHIVE": "/data/in",
     "HALOSEG_MODEL": "cells", "HALOSEG_MODELS": "/data/models", "HALOSEG_IMAGE": "haloseg:0.1.0-cpu",
-    "HALOSEG_TRAIN_GPUS": "1",
+    "HALOSEG_TRAIN_GPUS": "1", "HALOSEG_CLUSTERS": "tls://dask-scheduler:8786",
 }  # fmt: skip
 AUTH = ("haloseg", "not:a real one")
 
@@ -128,7 +128,7 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
     for each in DEPLOYMENTS.values():
         if not entry_point(each)[0].exists():
             pytest.skip(f"needs {each['entrypoint']}")
-    done = register(server, "process")
+    done = register({name: value for name, value in server.items() if name != "HALOSEG_CLUSTERS"}, "process")
     assert done.returncode == 0, done.stdout + done.stderr
     again = subprocess.run([sys.executable, DEPLOY / "automations.py"], env=server, check=True, capture_output=True)
     assert again.stdout.decode().count("automation ") == len(AUTOMATIONS)
@@ -145,6 +145,7 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
         "budget_hours": 11,
     }  # fmt: skip
     assert nightly["job_variables"]["env"]["HALOSEG_ROOTS"] == "/data,s3://scans"
+    assert nightly["job_variables"]["env"]["HALOSEG_CLUSTERS"] == GIVEN["HALOSEG_CLUSTER"]
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["pull_steps"] == [
         {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 
 import imagecodecs
 import pytest
 from prefect.artifacts import Artifact
 from volumes import model_file, scan_file
 
+from flows.archive import segment_archive
 from flows.ingest import ingest_scan
 from flows.segment import segment_scan
-from flows.watching import key_of
+from flows.showing import key_of
 from pipeline.errors import ArgumentError, ScanError, TakenError
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
@@ -99,6 +101,25 @@ def test_paths_outside_the_roots_are_refused(server, tmp_path, monkeypatch):
     state = ingest_scan(str(tmp_path / "scan.tif"), str(tmp_path / "in" / "scan.zarr"), return_state=True)
     with pytest.raises(ArgumentError, match="a path must lie in HALOSEG_ROOTS"):
         state.result()
+
+
+def test_a_cluster_that_is_not_the_services_is_refused_before_anything_is_sent(server, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as theirs:
+        theirs.settimeout(0)
+        address = f"tcp://127.0.0.1:{theirs.getsockname()[1]}"
+        monkeypatch.setenv("HALOSEG_CLUSTERS", "tls://dask-scheduler:8786")
+        scan_file(tmp_path / "scan.tif", (8, 16, 16))
+        model = str(model_file(tmp_path / "model.safetensors"))
+        scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
+        for state in (
+            segment_scan(scan, image, model, cluster=address, return_state=True),
+            segment_archive(str(tmp_path), model, cluster=address, settle_s=0, return_state=True),
+        ):
+            assert state.is_failed()
+            assert state.message.startswith("cluster must be in HALOSEG_CLUSTERS (tls://dask-scheduler:8786), got ")
+        with pytest.raises(BlockingIOError):
+            theirs.accept()
+    assert not (tmp_path / "scan.zarr").exists()
 
 
 def test_a_path_with_credentials_is_on_no_page(server, tmp_path):
