@@ -35,6 +35,7 @@ class State(StrEnum):
     DONE = "done"  # what this model makes of this scan is published
     NEW = "new"
     UNFINISHED = "unfinished"  # an earlier run has begun; its work is kept
+    UNREPORTED = "unreported"  # published by a run that ended before it evaluated and reported
     GROWING = "growing"  # it was changed just now: whoever copies it may not be done
     TAKEN = "taken"  # another run is at it
     BLOCKED = "blocked"  # somebody must act first; the detail says what
@@ -92,7 +93,7 @@ class Scan:
     @property
     def is_todo(self) -> bool:
         """Whether it can be worked on now."""
-        return self.state in (State.NEW, State.UNFINISHED)
+        return self.state in (State.NEW, State.UNFINISHED, State.UNREPORTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
 
 def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
     location = Location(scan.image)
-    image = read_image(location)
+    image, is_due = read_image(location), False
     if image is not None and scan.path != scan.image and not stamps(scan.path).items() <= image.scan.items():
         detail = f"the scan was changed after its image was made; delete {location} to do it again"
         return replace(scan, state=State.BLOCKED, detail=detail)
@@ -224,9 +225,13 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
             detail = f"{kind} {archive.name} are of another model; choose another name or delete {made.location}"
             return replace(scan, state=State.BLOCKED, detail=detail)
         if made is not None and is_published(made):
-            return replace(scan, state=State.DONE, n_voxels=prod(image.spatial_shape))
+            scan, is_due = replace(scan, n_voxels=prod(image.spatial_shape)), made.report_due
+            if not is_due:
+                return replace(scan, state=State.DONE)
     if by := holder(location):
         return replace(scan, state=State.TAKEN, detail=by)
+    if is_due:
+        return replace(scan, state=State.UNREPORTED, detail="its labels are published, its report is not made yet")
     age_s = time() - (changed_s(Location(scan.path)) or scan.changed_s)
     if age_s < archive.settle_s:
         return replace(scan, state=State.GROWING, detail=f"changed {max(0, age_s):.0f} s ago")

@@ -16,6 +16,7 @@ from pipeline.store.location import Location
 from pipeline.store.ngff import VERSION, Level, multiscales
 from pipeline.store.pyramid import create_levels
 
+REPORT_DUE = "due"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Okabe and Ito's colours, which colour-blind people can tell apart; class 0 is left clear
 LABEL_COLOURS = (
@@ -36,6 +37,7 @@ class Labels:
     provenance : what the labels were made from and with
     fingerprint : what must be the same for a run to go on in this volume
     certificate : how far the labels are from the reference on sampled boxes, once they are complete
+    report_due : the run that published them has not reported them yet, or was killed before it could
     """
 
     location: Location
@@ -48,6 +50,7 @@ class Labels:
     class_values: tuple[int, ...] = ()
     provenance: dict[str, Any] | None = None
     certificate: dict[str, Any] | None = None
+    report_due: bool = False
 
     @property
     def spatial_shape(self) -> tuple[int, ...]:
@@ -88,7 +91,7 @@ def create_labels(image: Image, labels: Labels) -> None:
     """
     check_same_run(labels)
     if not read_attributes(labels.location):
-        create_group(labels.location, _attributes(image, labels))
+        describe_labels(image, labels)
     create_levels(
         labels.location, labels.levels, front=(), dtype=np.dtype(labels.dtype), layout=labels.layout, axes=labels.axes
     )
@@ -105,12 +108,17 @@ def check_same_run(labels: Labels) -> None:
 def publish(image: Image, labels: Labels) -> None:
     """List a complete label volume in its image: the commit point. Leftovers of killed writers are removed first."""
     sweep(labels.location)
-    if labels.certificate:
-        create_group(labels.location, _attributes(image, labels))
+    if labels.certificate or labels.report_due:
+        describe_labels(image, labels)
     parent = labels.location.parent
     names = published(parent)
     if labels.location.name not in names:
         create_group(parent, {"ome": {"version": VERSION, "labels": sorted([*names, labels.location.name])}})
+
+
+def describe_labels(image: Image, labels: Labels) -> None:
+    """Write what is known about a label volume; its arrays stay as they are."""
+    create_group(labels.location, _attributes(image, labels))
 
 
 def published(parent: Location) -> list[str]:
@@ -129,7 +137,7 @@ def read_labels(location: Location) -> Labels | None:
     return Labels(
         location, about["axes"], about["dtype"], Layout(tuple(about["chunk"]), tuple(about["shard"])),
         levels_from_json(about["levels"]), about["fingerprint"], tuple(about["classes"]), tuple(about["class_values"]),
-        about["provenance"], about.get("certificate"),
+        about["provenance"], about.get("certificate"), about.get("report") == REPORT_DUE,
     )  # fmt: skip
 
 
@@ -167,4 +175,6 @@ def _attributes(image: Image, labels: Labels) -> dict[str, Any]:
         "classes": list(labels.classes), "class_values": list(labels.class_values), "provenance": labels.provenance,
         "certificate": labels.certificate,
     }  # fmt: skip
+    if labels.report_due:
+        ours["report"] = REPORT_DUE
     return {"ome": {"version": VERSION, "multiscales": kind, "image-label": about}, "haloseg": ours}

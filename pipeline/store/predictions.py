@@ -15,7 +15,7 @@ import zarr
 from pipeline.errors import StoreError
 from pipeline.store.arrays import Layout, check_same_fingerprint, create_group, open_array, read_attributes, sweep
 from pipeline.store.image import FORMAT, Image, levels_from_json
-from pipeline.store.labels import check_name
+from pipeline.store.labels import REPORT_DUE, check_name
 from pipeline.store.location import Location
 from pipeline.store.ngff import VERSION, Level, multiscales
 from pipeline.store.pyramid import create_levels
@@ -31,6 +31,7 @@ class Prediction:
     provenance : what it was made from and with
     fingerprint : what must be the same for a run to go on in this volume
     certificate : how far it is from the reference on sampled boxes, once it is complete
+    report_due : see Labels
     """
 
     location: Location
@@ -41,6 +42,7 @@ class Prediction:
     fingerprint: dict[str, Any]
     provenance: dict[str, Any] | None = None
     certificate: dict[str, Any] | None = None
+    report_due: bool = False
 
     @property
     def dtype(self) -> str:
@@ -87,14 +89,20 @@ def check_same_prediction(prediction: Prediction) -> None:
 def publish_prediction(image: Image, prediction: Prediction) -> None:
     """List a complete prediction in its image: the commit point. Leftovers of killed writers are removed first."""
     sweep(prediction.location)
-    unit = "micrometer" if image.voxel_size_um else None
+    describe_prediction(image, prediction)
     name, parent = prediction.location.name, prediction.location.parent
-    kind = multiscales(name, prediction.levels, axes=f"c{prediction.axes}", unit=unit, kind="mean")
-    ome = {"version": VERSION, "multiscales": kind}
-    create_group(prediction.location, {"ome": ome, "haloseg": _ours(prediction)})
     names = published_predictions(parent)
     if name not in names:
         create_group(parent, {"haloseg": {"predictions": sorted([*names, name])}})
+
+
+def describe_prediction(image: Image, prediction: Prediction) -> None:
+    """Write what is known about a complete prediction; its arrays stay as they are."""
+    unit = "micrometer" if image.voxel_size_um else None
+    name, axes = prediction.location.name, f"c{prediction.axes}"
+    kind = multiscales(name, prediction.levels, axes=axes, unit=unit, kind="mean")
+    ome = {"version": VERSION, "multiscales": kind}
+    create_group(prediction.location, {"ome": ome, "haloseg": _ours(prediction)})
 
 
 def published_predictions(parent: Location) -> list[str]:
@@ -115,14 +123,18 @@ def read_prediction(location: Location) -> Prediction | None:
     return Prediction(
         location, about["axes"], about["n_channels"], Layout(tuple(about["chunk"]), tuple(about["shard"])),
         levels_from_json(about["levels"]), about["fingerprint"], about["provenance"], about["certificate"],
+        about.get("report") == REPORT_DUE,
     )  # fmt: skip
 
 
 def _ours(prediction: Prediction) -> dict[str, Any]:
-    return {
+    ours = {
         "format": FORMAT, "kind": "prediction", "axes": prediction.axes, "dtype": prediction.dtype,
         "n_channels": prediction.n_channels, "chunk": list(prediction.layout.chunk),
         "shard": list(prediction.layout.shard), "levels": [level.to_json() for level in prediction.levels],
         "fingerprint": prediction.fingerprint, "provenance": prediction.provenance,
         "certificate": prediction.certificate,
     }  # fmt: skip
+    if prediction.report_due:
+        ours["report"] = REPORT_DUE
+    return ours

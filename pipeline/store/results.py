@@ -5,6 +5,8 @@ A name stands for one of them in an image, so that whoever names it need not say
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.errors import StoreError
 from pipeline.store.arrays import read_attributes
 from pipeline.store.image import Image
@@ -12,6 +14,7 @@ from pipeline.store.labels import (
     Labels,
     check_same_run,
     create_labels,
+    describe_labels,
     label_location,
     publish,
     published,
@@ -22,6 +25,7 @@ from pipeline.store.predictions import (
     Prediction,
     check_same_prediction,
     create_prediction,
+    describe_prediction,
     prediction_location,
     publish_prediction,
     published_predictions,
@@ -60,6 +64,17 @@ def publish_result(image: Image, result: Result) -> None:
         publish(image, result)
     else:
         publish_prediction(image, result)
+
+
+def mark_reported(image: Image, name: str) -> None:
+    """Say in the volume of this name that nothing of it is due any more; see Labels.report_due."""
+    result = open_result(image.location, name)
+    if not result.report_due:
+        return
+    if isinstance(result, Labels):
+        describe_labels(image, replace(result, report_due=False))
+    else:
+        describe_prediction(image, replace(result, report_due=False))
 
 
 def is_published(result: Result) -> bool:
