@@ -41,7 +41,9 @@ def main() -> None:
             description="Segments one scan: give scan and image.",
         ),
         ingest_scan.to_deployment("ingest", tags=["scan"], description="Makes an image of one scan: give both paths."),
-        train_model.to_deployment("train", tags=["train"], description="Trains a model on labelled images."),
+        train_model.to_deployment(
+            "train", concurrency_limit=1, tags=["train"], description="Trains a model on labelled images."
+        ),
         pause_on_shutdown=False, print_starting_message=False,
     )  # fmt: skip
 

@@ -106,8 +106,11 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
     base = os.environ | {
         "PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": api, "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # on disk, so that a server that is started again still knows who holds which slot
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100",
+        "HALOSEG_CLUSTERS": os.environ.get("HALOSEG_CLUSTERS", address),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
     }  # fmt: skip
     if args.database:
@@ -134,10 +137,11 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
             "--memory-limit", "0", "--dashboard-address", f"127.0.0.1:{args.dask_port + 2 + number}",
             "--local-directory", str(home / "dask"), *(["--resources", "GPU=1"] if gpus else []), **own)  # fmt: skip
     _wait_for(f"{api}/health", services)
-    made = subprocess.run([sys.executable, str(ROOT / "deploy" / "automations.py")], env=base, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    if made.returncode:
-        tell(f"automations were not made: {made.stderr.strip().splitlines()[-1:]}")
+    for what in ("automations", "limits"):
+        made = subprocess.run([sys.executable, str(ROOT / "deploy" / f"{what}.py")], env=base, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        if made.returncode:
+            tell(f"{what} were not made: {made.stderr.strip().splitlines()[-1:]}")
     add("deployments", sys.executable, str(ROOT / "deploy" / "deployments.py"), "--archive", str(archive), "--model",
         str(Path(args.model).resolve()), "--name", args.name, "--cluster", address, "--settle", str(args.settle),
         *(["--every", str(args.every)] if not args.cron else ["--cron", args.cron]),

@@ -41,10 +41,13 @@ from flows.parameters import (
     Workers,
 )
 from flows.segment import segment_scan, tell
+from flows.slots import LIMITS, limits_of
 from flows.stages import failed, stage
+from flows.stopping import given_up, pausable
 from flows.table import Outcome, Table
 from flows.watching import SHARED_RUNNER, logged
 from pipeline.archive import Archive, Scan, Survey
+from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
 from pipeline.config import DEFAULT_BUDGET_BYTES
@@ -102,13 +105,14 @@ def segment_archive(
     try:
         what = Archive(archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority))
         check_paths(archive, what.model, images)
-        with logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:
+        check_cluster(cluster)
+        with pausable(), logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:
             todo, bad = open_stage(table.found.todo, limit=limit) if table.found.todo else ((), {})
             for scan in table.found.todo:
                 if scan.path in bad:
                     table.put(Outcome(scan, "failed", bad[scan.path]))
             if todo:
-                with _cluster(cluster, workers) as run:
+                with _cluster(cluster, workers, archive=archive) as run:
                     _run(todo, what, table, settings=settings, at_once=scans_at_once, deadline_s=deadline_s, run=run)
     except PipelineError as error:
         return failed(error)
@@ -128,14 +132,16 @@ def _shown_at_the_end(table: Table) -> Iterator[Table]:
 
 
 @contextmanager
-def _cluster(address: str, workers: int) -> Iterator[DaskRunner]:
-    """Open one cluster for all scans."""
+def _cluster(address: str, workers: int, *, archive: str) -> Iterator[DaskRunner]:
+    """Open one cluster for all scans of an archive."""
     with open_runner(cluster=address, n_workers=workers) as run:
-        token = SHARED_RUNNER.set(run)
+        shared = replace(run, given_up=given_up())
+        runner, limits = SHARED_RUNNER.set(shared), LIMITS.set(limits_of(archive))
         try:
-            yield run
+            yield shared
         finally:
-            SHARED_RUNNER.reset(token)
+            SHARED_RUNNER.reset(runner)
+            LIMITS.reset(limits)
 
 
 def _run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -14,10 +15,14 @@ from prefect.states import Cancelled
 
 from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
 from flows.reports import failure_markdown, kind_of, plan_markdown, report_markdown
+from flows.showing import key_of, shown
+from flows.slots import slot
 from flows.stages import failed, stage
-from flows.watching import SHARED_RUNNER, key_of, logged, shown, watched
+from flows.stopping import given_up, pausable
+from flows.watching import SHARED_RUNNER, logged, watched
 from pipeline.compare import Compared
-from pipeline.compute.cluster import open_runner
+from pipeline.compute.address import check_cluster
+from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
 from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
@@ -29,7 +34,7 @@ from pipeline.segment import Segmented, segment
 from pipeline.store.image import open_image, read_image
 from pipeline.store.lease import held
 from pipeline.store.location import Location
-from pipeline.store.results import complete
+from pipeline.store.results import complete, mark_reported
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import model_path
 from pipeline.unet.device import pick_device
@@ -56,6 +61,7 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
     scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
+    plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
@@ -72,13 +78,13 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
 
 
 @contextmanager
-def _runner(shared: RunBlocks | None, *, n_missing: int, cluster: str, workers: int) -> Iterator[RunBlocks]:
-    """Yield the shared runner, one opened for this scan, or one without a cluster where nothing is to be done."""
-    if shared is not None or not n_missing:
+def _runner(shared: DaskRunner | None, *, n_missing: int, cluster: str, workers: int) -> Iterator[RunBlocks]:
+    """Yield the shared runner or one opened for this scan, or, where nothing is to be done, one that needs no slot."""
+    if not n_missing:
         yield shared or run_serial
         return
-    with open_runner(cluster=cluster, n_workers=workers) as run:
-        yield run
+    with slot(), nullcontext(shared) if shared else open_runner(cluster=cluster, n_workers=workers) as run:
+        yield replace(run, given_up=given_up())
 
 
 @stage("evaluate")
@@ -99,12 +105,13 @@ def _evaluated(result: str, truth: str | None) -> tuple[Figures | None, str]:
 
 @stage("report")
 def report_stage(image: str, result: Segmented, *, figures: Figures | None, cause: str = "") -> None:
-    """Put figures, or why there are none, and a picture of the result into the Prefect UI."""
-    where, made = Location(image), complete(result.result)
-    png = picture(open_image(where), made)
+    """Put figures, or why there are none, and a picture of the result into the Prefect UI, and say so in the result."""
+    opened, made = open_image(Location(image)), complete(result.result)
+    png = picture(opened, made)
     text = report_markdown(result, figures=figures, cause=cause, png=png)
     key = key_of(image, made.location.name, "report")
-    shown(lambda: create_markdown_artifact(text, key=key, description=f"{kind_of(made)} of {image}"))
+    if shown(lambda: create_markdown_artifact(text, key=key, description=f"{kind_of(made)} of {image}")):
+        mark_reported(opened, made.location.name)
 
 
 @flow(name="segment", flow_run_name="{name} of {scan}")
@@ -116,10 +123,11 @@ def segment_scan(
     try:
         model = model_path(model)
         check_paths(scan, image, model, truth)
+        check_cluster(cluster)
     except PipelineError as error:  # of a path that may hold credentials no page and no event is made
         return cast("Made", failed(error))
     try:
-        with logged(), held(Location(image).absolute()):
+        with pausable(), logged(), held(Location(image).absolute()):
             path = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from time import sleep
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows.watching import SHARED_RUNNER
+from flows.stopping import given_up
 from pipeline.errors import ClusterError, PipelineError, StorageError
 
 P = ParamSpec("P")
@@ -60,10 +59,6 @@ def failed(error: PipelineError) -> State[Any]:
 
 
 def _waited(delay_s: float, error: PipelineError) -> bool:
-    """Wait before the next attempt; returns False as soon as the flow is cancelled."""
+    """Wait before the next attempt; returns False as soon as the flow is to end."""
     get_run_logger().warning("%s; tried again in %g s", error, delay_s)
-    shared = SHARED_RUNNER.get()
-    if shared is None:
-        sleep(delay_s)
-        return True
-    return not shared.given_up.wait(delay_s)
+    return not given_up().wait(delay_s)

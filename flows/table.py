@@ -13,7 +13,8 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact
 
 from flows.reports import archive_markdown, plain
-from flows.watching import SECONDS_BETWEEN_UPDATES, duration, rewrite, shown, slug
+from flows.showing import rewrite, shown, slug
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration
 from pipeline.archive import Archive, Scan, Survey
 from pipeline.console import quantity
 from pipeline.store.location import Location

@@ -16,11 +16,14 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.states import Cancelled
 
 from flows.parameters import HeldOut, ImagePaths, Minutes, ModelPath, RecipePath, Targets, TruthName
+from flows.showing import rewrite, shown, slug
 from flows.stages import failed, stage
-from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged, rewrite, shown, slug
-from pipeline.errors import PipelineError
+from flows.stopping import given_up, pausable
+from flows.watching import SECONDS_BETWEEN_UPDATES, duration, logged
+from pipeline.errors import GivenUpError, PipelineError
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import called, to_be_written
@@ -114,11 +117,13 @@ def train_stage(
     """Train, and show the validations while they come; a run that was killed goes on, see ``train``."""
     log = get_run_logger()
     settings = load_recipe(recipe) if recipe else usual_recipe(targets)
-    course = Course(model, n_steps=settings.steps, minutes=minutes)
+    course, stop = Course(model, n_steps=settings.steps, minutes=minutes), given_up()
 
     def on_progress(now: Validation) -> None:
         log.info("step %d: loss %.4f, held out %.4f", now.step, now.train_loss, now.loss)
         course.put(now)
+        if stop.is_set():
+            raise GivenUpError
 
     result = train(
         images, labels=labels, targets=targets, held_out=held_out, model=model, recipe=settings, minutes=minutes,
@@ -139,8 +144,10 @@ def train_model(
     A model that is told by name becomes the next version of it, which other flows then find by that name.
     """
     try:
-        with logged(), to_be_written(model) as path:
+        with pausable(), logged(), to_be_written(model) as path:
             check_paths(path, None if recipe in shipped() else recipe, *images, *held_out, *targets)
             return train_stage(images, labels, path, minutes, recipe, targets=targets, held_out=held_out)
+    except GivenUpError as error:
+        return cast("dict[str, Any]", Cancelled(message=str(error)))
     except PipelineError as error:
         return cast("dict[str, Any]", failed(error))

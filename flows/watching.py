@@ -2,70 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from threading import Event, Thread
 from time import monotonic
-from typing import TypeVar, cast
+from typing import cast
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactUpdate
 
+from flows.showing import shown
+from flows.stopping import given_up
 from pipeline.compute.cluster import DaskRunner
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import Watcher
 from pipeline.console import bars, quantity
 from pipeline.errors import GivenUpError
-from pipeline.store.location import Location
 
 SECONDS_BETWEEN_UPDATES = 2.0
 _SHOWN_STAGES = ("ingest", "segment", "evaluate")
 _LARGEST_SHARE_COUNTING = 0.05
 _SHARE_BETWEEN_UPDATES = 0.01
-_LONGEST_KEY = 80
-
-T = TypeVar("T")
 
 # The runner of a flow that has one cluster for many scans.
 SHARED_RUNNER: ContextVar[DaskRunner | None] = ContextVar("shared_runner", default=None)
-
-
-def slug(text: str) -> str:
-    """Return a text as part of an artifact's key: lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-_LONGEST_KEY:].strip("-") or "scan"
-
-
-def key_of(image: str, *parts: str) -> str:
-    """Return the key of an artifact about an image: its name, a mark of its path, since names come twice, and parts."""
-    mark = hashlib.sha256(image.encode()).hexdigest()[:6]
-    return "-".join((slug(Location(image).name), mark, *map(slug, parts)))
-
-
-def shown(act: Callable[[], T]) -> T | None:
-    """Return what an act that only shows something returns; a server that does not answer costs the picture alone."""
-    try:
-        return act()
-    except Exception as error:  # noqa: BLE001 whatever it is, it is no reason to lose labels
-        logging.getLogger("haloseg").debug("not shown in the UI: %s", error)
-        return None
-
-
-def rewrite(artifact: UUID, *, data: str, description: str) -> None:
-    """Put new text into an artifact, instead of a new version of it."""
-
-    def act() -> None:
-        with get_client(sync_client=True) as client:
-            client.update_artifact(artifact, ArtifactUpdate(data=data, description=description))
-
-    shown(act)
 
 
 class ArtifactWatcher:
@@ -83,7 +47,7 @@ class ArtifactWatcher:
         self, also: Watcher, *, key: str, count: Callable[[], int] | None = None, n_voxels: int | None = None
     ) -> None:
         self._also, self._key, self._count, self._n_voxels = also, key, count, n_voxels
-        self._shared = SHARED_RUNNER.get()
+        self._given_up = given_up()
         self._stage, self._artifact = "", cast("UUID | None", None)
         self._n_blocks = self._n_done = self._n_before = self._n_told = 0
         self._begin_s = self._updated_s = 0.0
@@ -102,7 +66,7 @@ class ArtifactWatcher:
 
     def advance(self, record: BlockRecord) -> None:
         """Move the artifact, now and then and at the end; raises GivenUpError where the flow has been cancelled."""
-        if self._shared is not None and self._shared.given_up.is_set():
+        if self._given_up.is_set():
             raise GivenUpError
         self._also.advance(record)
         self._n_done = min(self._n_blocks, self._n_done + record.n_blocks)

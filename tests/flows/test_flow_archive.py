@@ -8,7 +8,7 @@ from prefect.artifacts import Artifact
 from volumes import model_file, scan_file
 
 from flows.archive import segment_archive
-from flows.watching import slug
+from flows.showing import slug
 from pipeline.store.labels import open_labels
 from pipeline.store.lease import lease
 from pipeline.store.location import Location

@@ -7,7 +7,8 @@ import pytest
 from prefect import flow
 from prefect.artifacts import Artifact
 
-from flows.watching import duration, logged, shown, slug, watched
+from flows.showing import shown, slug
+from flows.watching import duration, logged, watched
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.runner import BlockRecord
 
