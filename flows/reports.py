@@ -1,4 +1,7 @@
-"""The pages that flows leave in the Prefect UI, in Markdown: plan, report, why a scan failed, the archive's table."""
+"""The pages that flows leave in the Prefect UI, in Markdown: plan, report, why a scan failed, the archive's table.
+
+Cells of the UI's tables do not wrap, and what is too wide is out of sight: paths and sentences stand outside of them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,12 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
     how = "overlapping tiles of " + "x".join(map(str, plan.tile_shape)) if columns is None else (
         f"columns along {plan.result.axes[columns.axis]}, slabs of {columns.slab} rows"
     )  # fmt: skip
-    return "# Plan\n\n" + _table(("", ""), [
-        ("image", f"`{plan.image.location}`, {shape} voxels, {plan.image.dtype}"),
-        ("model", f"`{plan.model_path}`"),
+    paths = _lines([
+        ("image", f"`{plan.image.location}`"), ("model", f"`{plan.model_path}`"),
         (kind_of(plan.result), f"`{plan.result.location}`"),
+    ])  # fmt: skip
+    return f"# Plan\n\n{paths}\n" + _table([
+        ("voxels", f"{shape}, {plan.image.dtype}"),
         ("blocks", f"{len(plan.grid):,}, of which {n_missing:,} are to be done"),
         ("work", f"{plan.n_units:,} {how}"),
         ("workers", str(n_workers) if n_workers else "those of the cluster"),
@@ -44,22 +49,24 @@ def kind_of(result: Result) -> str:
 
 def report_markdown(result: Segmented, *, figures: Evaluated | Compared | None, cause: str, png: bytes) -> str:
     """Return what a run has done, with a picture of the result; ``cause`` says why a truth was not compared."""
+    lines = [(kind_of(result.result), f"`{result.result.location}`")]
+    if result.certificate:
+        lines.append(("certificate", certificate_of(result.certificate).line))
+    if cause:
+        lines.append(("not evaluated", plain(cause)))
     rows = [
-        (kind_of(result.result), f"`{result.result.location}`"), ("voxels", f"{result.n_voxels:,}"),
+        ("voxels", f"{result.n_voxels:,}"),
         ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
         ("voxels/s", quantity(result.voxels_per_s)), ("seconds", f"{result.wall_s:.1f}"),
-        ("seconds of all workers", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.stages)),
+        *((f"seconds of all workers, {stage}", f"{seconds:.1f}") for stage, seconds in result.stages),
         ("device idle", f"{result.idle_share:.1%}"),
         ("read amplification", f"{result.read_amplification:.2f}"),
         ("peak memory of a worker", n_bytes(result.peak_rss_bytes)),
     ]  # fmt: skip
-    if result.certificate:
-        rows.append(("certificate", certificate_of(result.certificate).line))
-    if cause:
-        rows.append(("not evaluated", plain(cause)))
-    rows += _figures(figures)
+    rows[1:1] = _figures(figures)
     data, title = base64.b64encode(png).decode(), "Segmentation" if kind_of(result.result) == "labels" else "Prediction"
-    return f"# {title}\n\n{_table(('', ''), rows)}\n![image and result](data:image/png;base64,{data})\n"
+    picture = f"![image and result](data:image/png;base64,{data})"
+    return f"# {title}\n\n{_lines(lines)}\n{picture}\n\n{_table(rows)}"
 
 
 def _figures(figures: Evaluated | Compared | None) -> list[tuple[str, str]]:
@@ -81,18 +88,25 @@ def failure_markdown(cause: str, *, causes: dict[int, str]) -> str:
     """Return why a scan failed, and which blocks of it."""
     text = f"# Failed\n\n{plain(cause)}\n"
     if causes:
-        text += "\n" + _table(("block", "cause"), [(str(index), plain(why)) for index, why in sorted(causes.items())])
+        text += "\n" + _lines((f"block {index}", plain(why)) for index, why in sorted(causes.items()))
     return text
 
 
-def archive_markdown(rows: Iterable[Sequence[str]], *, summary: str) -> str:
-    """Return the table of an archive: scan, state, labels or why there are none, voxels, time, voxels/s."""
-    head = ("scan", "state", "labels or cause", "voxels", "time", "voxels/s")
-    return f"# Archive\n\n{summary}\n\n{_table(head, rows)}"
+def archive_markdown(rows: Sequence[Sequence[str]], *, causes: Sequence[tuple[str, str]], summary: str) -> str:
+    """Return the table of an archive: scan, state, voxels, time, voxels/s, labels; and why others have none."""
+    head = ("scan", "state", "voxels", "time", "voxels/s", "labels")
+    why = f"\n## Causes\n\n{_lines((plain(scan), plain(cause)) for scan, cause in causes)}" if causes else ""
+    return f"# Archive\n\n{summary}\n\n{_table([head, *rows])}{why}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _lines(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a list of names, each with what is said about it; long lines of it wrap."""
+    return "".join(f"- **{name}**: {text}\n" for name, text in pairs)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, whose first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "".join(f"| {' | '.join(cell or ' ' for cell in line)} |\n" for line in lines)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextvars import copy_context
 from dataclasses import dataclass
 from threading import Lock, Timer
@@ -69,7 +68,7 @@ class Table:
                 self._write()
 
     def _write(self) -> None:
-        text, told = archive_markdown(self._rows(), summary=self.summary), f"{self._archive.root}: {self.summary}"
+        text, told = self._page(), f"{self._archive.root}: {self.summary}"
         if self._artifact is None:
             key = f"archive-{slug(self._archive.root)}-{slug(self._archive.name)}"
             made = shown(lambda: create_markdown_artifact(text, key=key, description=told))
@@ -86,20 +85,24 @@ class Table:
         told = ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items(), key=lambda each: (-each[1], each[0])))
         return f"{len(self.outcomes):,} scans: {told or 'none'}; {duration(monotonic() - self._begin_s)}"
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield those first that need a look, then those of this run; of very many the first."""
+    def _page(self) -> str:
+        """Return the table: those first that need a look, then those of this run; of very many the first."""
         rank = {"failed": 0, "blocked": 1, "running": 2, "published": 3}
         ordered = sorted(self.outcomes.values(), key=lambda each: (rank.get(each.state, 4), each.scan.relative))
-        for each in ordered[:_SHOWN]:
-            made = Location(each.scan.image) / self.found.folder / self._archive.name
-            beside = str(made).removeprefix(f"{Location(self._archive.root).absolute()}/")
-            state = f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state
-            yield (
-                plain(each.scan.relative), state,
-                plain(beside) if each.state in ("done", "published") else plain(each.cause),
-                f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
-                duration(each.seconds) if each.seconds else "",
-                quantity(each.voxels_per_s) if each.voxels_per_s else "",
-            )  # fmt: skip
+        rows = [self._row(each) for each in ordered[:_SHOWN]]
         if len(ordered) > _SHOWN:
-            yield (f"and {len(ordered) - _SHOWN:,} more", *[""] * 5)
+            rows.append((f"and {len(ordered) - _SHOWN:,} more", *[""] * 5))
+        causes = [(each.scan.relative, each.cause) for each in ordered[:_SHOWN] if each.cause]
+        return archive_markdown(rows, causes=causes, summary=self.summary)
+
+    def _row(self, each: Outcome) -> tuple[str, ...]:
+        made = Location(each.scan.image) / self.found.folder / self._archive.name
+        beside = str(made).removeprefix(f"{Location(self._archive.root).absolute()}/")
+        return (
+            plain(each.scan.relative),
+            f"[{each.state}](/runs/flow-run/{each.run_id})" if each.run_id else each.state,
+            f"{each.scan.n_voxels:,}" if each.scan.n_voxels else "",
+            duration(each.seconds) if each.seconds else "",
+            quantity(each.voxels_per_s) if each.voxels_per_s else "",
+            plain(beside) if each.state in ("done", "published") else "",
+        )  # fmt: skip

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ from pipeline.errors import ArgumentError, ModelError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
+from pipeline.store.image import open_image
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
+from pipeline.store.results import mark_reported
 from pipeline.store.roots import check_paths
 
 SHAPE = (8, 16, 16)
@@ -76,6 +80,26 @@ def test_priority_and_patterns_choose(home):
     assert [scan.relative for scan in first] == ["b.tif", "sub/c.tif", "a-truth.tif", "a.tif"]
     assert list(states(archive_of(home, pattern="*.tif"))) == ["a-truth.tif", "a.tif", "b.tif"]
     assert list(states(archive_of(home, pattern="sub/*, b.*"))) == ["sub/c.tif", "b.tif"]
+
+
+def test_labels_whose_run_was_killed_before_its_report_are_done_but_for_that(home):
+    archive = archive_of(home, pattern="a.tif", name="cells")
+    (scan,) = survey(archive).scans
+    ingest(scan.path, scan.image)
+    plan = plan_segment(scan.image, model=archive.model, name="cells")
+    segment(replace(plan, result=replace(plan.result, report_due=True)), run=run_serial)
+    about = Path(scan.image) / "labels" / "cells" / "zarr.json"
+    before = json.loads(about.read_bytes())
+    (scan,) = survey(archive).scans
+    assert (scan.state, scan.is_todo, scan.n_voxels) == (State.UNREPORTED, True, 8 * 16 * 16)
+    with lease(Location(scan.image)):
+        assert states(archive) == {"a.tif": State.TAKEN}
+    image = open_image(Location(scan.image))
+    for _ in range(2):
+        mark_reported(image, "cells")
+        assert states(archive) == {"a.tif": State.DONE}
+    assert before["attributes"]["haloseg"].pop("report") == "due"
+    assert json.loads(about.read_bytes()) == before
 
 
 def test_a_scan_is_done_when_labels_of_it_by_this_model_are_published(home):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Site:
         url, body = f"http://127.0.0.1:{self.port}/api{path}", json.dumps(document).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=20) as reply:
-            return json.load(reply)
+            return json.loads(reply.read() or "null")
 
     def runs(self, flow: str, *states: str) -> list[dict[str, Any]]:
         wanted = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 100}
@@ -183,6 +184,43 @@ def test_a_cancelled_run_stops_within_ten_seconds_and_the_next_one_goes_on(site,
     assert site.shards("cancelled") == undisturbed
 
 
+def test_a_paused_run_stops_and_resumed_it_takes_up_what_is_missing(site, voxels, undisturbed):
+    site.put("paused.tif", voxels)
+    until(lambda: len(site.shards("paused")) > 0, seconds=120, what="the first shard")
+    (run,) = site.runs("archive", "Running")
+    site.post(f"/deployments/{run['deployment_id']}/pause_deployment", {})
+    later = datetime.now(UTC) + timedelta(hours=1)
+    details = {"pause_timeout": later.isoformat(), "pause_reschedule": True}  # as the UI's button does
+    site.post(f"/flow_runs/{run['id']}/set_state", {"state": {
+        "type": "PAUSED", "name": "Suspended", "state_details": details,
+    }})  # fmt: skip
+    begin = time.monotonic()
+    until(lambda: not site.children("prefect.engine"), seconds=60, what="the flow's process ends")
+    took, n_done = time.monotonic() - begin, len(site.shards("paused"))
+    print(f"paused after {took:.1f} s, {n_done} of {N_BLOCKS} shards were done")
+    assert 0 < n_done < N_BLOCKS
+    assert [each["id"] for each in site.runs("archive", "Suspended")] == [run["id"]]
+    assert site.runs("archive", "Scheduled", "Late", "Running") == []
+    assert site.runs("segment", "Running", "Pending") == []
+    assert not (site.archive / "paused.zarr.lease").exists()
+    time.sleep(3)
+    assert len(site.shards("paused")) == n_done
+    before = {each["id"] for each in site.runs("segment")}
+
+    assert site.post(f"/flow_runs/{run['id']}/resume", {})["status"] == "ACCEPT"
+    until(lambda: site.published("paused"), seconds=300, what="labels after the pause")
+    assert site.shards("paused") == undisturbed
+    until(lambda: [each for each in site.runs("archive", "Completed") if each["id"] == run["id"]], seconds=60,
+          what="the same run is completed")  # fmt: skip
+    (again,) = [each for each in site.runs("segment") if each["id"] not in before]
+    assert (again["state_name"], again["name"]) == ("Completed", f"classes of {site.archive / 'paused.tif'}")
+    (plan,) = site.post("/artifacts/filter", {"artifacts": {
+        "flow_run_id": {"any_": [again["id"]]}, "key": {"like_": "%-plan"},
+    }})  # fmt: skip
+    assert f"| blocks | {N_BLOCKS}, of which {N_BLOCKS - n_done} are to be done |" in plan["data"]
+    site.post(f"/deployments/{run['deployment_id']}/resume_deployment", {})
+
+
 def test_when_all_is_done_a_run_does_nothing_and_is_quick(site, undisturbed):
     until(lambda: not site.runs("archive", "Running"), seconds=60, what="no run is at work")
     begun = {each["id"] for each in site.runs("segment")}
@@ -216,6 +254,6 @@ def test_a_bad_scan_and_one_that_grows_stop_no_other(site, undisturbed):
     (table,) = site.post("/artifacts/latest/filter", {"artifacts": {"key": {"like_": "archive-%"}}})
     rows = {row.split("|")[1].strip(): row for row in table["data"].splitlines() if row.startswith("| ")}
     assert "| failed |" in rows["bad.tif"]
-    assert "a scan must be whole and decodable" in rows["bad.tif"]
+    assert "- **bad.tif**: a scan must be whole and decodable" in table["data"]
     (site.archive / "bad.tif").unlink()
     shutil.copyfile(DEMO / "scan.tif", growing)

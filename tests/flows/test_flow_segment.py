@@ -51,7 +51,7 @@ def test_what_a_network_without_classes_predicts_is_compared_and_shown(server, t
     result, figures = segment_scan(scan, image, model, name="clean", truth=scan, workers=1)
     assert str(result.result.location) == f"{image}/predictions/clean"
     report = Artifact.get(key=key_of(image, "clean", "report"))
-    assert f"| prediction | `{image}/predictions/clean` |" in report.data
+    assert f"- **prediction**: `{image}/predictions/clean`\n" in report.data
     assert f"| PSNR | {figures.figures.psnr_db:.2f} dB |" in report.data
     assert "values differ by at most" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
@@ -78,7 +78,7 @@ def test_a_truth_that_cannot_be_compared_with_is_told_and_fails_nothing(server, 
         return_state=True,
     )  # fmt: skip
     assert state.is_completed()
-    assert "| not evaluated | predicted labels and truth must have one shape" in Artifact.get(
+    assert "- **not evaluated**: predicted labels and truth must have one shape" in Artifact.get(
         key=key_of(str(tmp_path / "other.zarr"), "classes", "report")
     ).data
 
