@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the work pool, its deployments, the automations and the limit of scans at once on the Prefect server that PREFECT_API_URL names; run again,
-# it brings all of them up to date. Run from the repository's root, where the entry points of prefect.yaml are.
+# Makes the work pool, its deployments, the automations and the limit of scans at once on the Prefect server that
+# PREFECT_API_URL names; run again, it brings all but the limit up to date. Run from the repository's root, where the
+# entry points of prefect.yaml are.
 #
 #   register.sh process                              the pool of one machine, of compose and of Slurm
 #   register.sh kubernetes BASE_JOB_TEMPLATE.json    a pool whose flow runs are Kubernetes jobs

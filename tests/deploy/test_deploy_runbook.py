@@ -37,7 +37,7 @@ def raised():
 
 def pieces(text):
     """Return the parts of an explained text that must be there word for word."""
-    parts = re.split(r"\.\.\.|\bN\b|HALOSEG_ROOTS|\b\d+ s\b", text)
+    parts = re.split(r"\.\.\.|\bN\b|HALOSEG_ROOTS|HALOSEG_CLUSTERS|\b\d+ s\b", text)
     return [part.strip(" .,") for part in parts if part.strip(" .,")]
 
 
