@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "pipeline" / "demo"
 _PR_SET_PDEATHSIG = 1
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 300.0
 _QUICK_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 

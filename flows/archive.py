@@ -17,7 +17,8 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from prefect import flow, get_run_logger, tags
+from prefect import flow, get_run_logger, tags, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import flow_run
@@ -113,7 +114,7 @@ def segment_archive(
                     table.put(Outcome(scan, "failed", bad[scan.path]))
             if todo:
                 with _cluster(cluster, workers, archive=archive) as run:
-                    _run(todo, what, table, settings=settings, at_once=scans_at_once, deadline_s=deadline_s, run=run)
+                    _scans(todo, what, table, settings=settings, at_once=scans_at_once, deadline_s=deadline_s, run=run)
     except PipelineError as error:
         return failed(error)
     return _end(what, table)
@@ -144,11 +145,15 @@ def _cluster(address: str, workers: int, *, archive: str) -> Iterator[DaskRunner
             LIMITS.reset(limits)
 
 
-def _run(
+def _scans(
     todo: tuple[Scan, ...], archive: Archive, table: Table, *, settings: dict[str, Any], at_once: int,
     deadline_s: float, run: DaskRunner,
 ) -> None:
-    """Work through the scans, some at once; what is left when time is over waits for another run."""
+    """Work through the scans, some at once; what is left when time is over waits for another run.
+
+    As one task: Prefect tells the flow runs that a flow begins by their order, so that a run that is resumed, or tried
+    again, would be given those of other scans; those that a task begins are made anew.
+    """
     lost = Event()
 
     def lane(scan: Scan, rank: int) -> None:
@@ -162,14 +167,18 @@ def _run(
             return
         table.put(_of_scan(scan, archive, table, settings=settings))
 
-    with ThreadPoolExecutor(at_once, thread_name_prefix="haloseg-scan") as pool:
-        futures = [pool.submit(copy_context().run, lane, scan, rank) for rank, scan in enumerate(todo)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:  # cancelled, say
-            run.give_up()
-            raise
+    @task(name="scans", cache_policy=NO_CACHE)
+    def all_of_them() -> None:
+        with ThreadPoolExecutor(at_once, thread_name_prefix="haloseg-scan") as pool:
+            futures = [pool.submit(copy_context().run, lane, scan, rank) for rank, scan in enumerate(todo)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # cancelled, say
+                run.give_up()
+                raise
+
+    all_of_them()
     if lost.is_set() or run.is_lost():
         raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
 
