@@ -77,6 +77,7 @@ def test_a_silent_flow_run_is_given_up_after_several_heartbeats():
     automation = AUTOMATIONS["haloseg: flow run without heartbeat"]
     beats = int(PREFECT["definitions"]["pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     assert automation["trigger"]["within"] > 3 * beats
+    assert "prefect.flow-run.Suspended" in automation["trigger"]["expect"]  # a paused run is not a dead one
 
 
 def test_registering_asks_for_what_it_needs_before_it_does_anything():
@@ -133,6 +134,15 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
     again = subprocess.run([sys.executable, DEPLOY / "automations.py"], env=server, check=True, capture_output=True)
     assert again.stdout.decode().count("automation ") == len(AUTOMATIONS)
     with httpx.Client(base_url=server["PREFECT_API_URL"], auth=AUTH) as client:
+        limit = "/v2/concurrency_limits/haloseg-gpu"
+        assert client.get(limit).json()["limit"] == 2
+        client.patch(limit, json={"limit": 3})
+        kept = subprocess.run(
+            [sys.executable, DEPLOY / "limits.py"], env=server | {"PYTHONPATH": str(ROOT)}, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert kept.stdout == "limit haloseg-gpu kept: 3\n"
+        assert client.get(limit).json()["limit"] == 3
         made = {each["name"]: each for each in client.post("/deployments/filter", json={}).json()}
         automations = client.post("/automations/filter", json={}).json()
         pool = client.get("/work_pools/haloseg").json()
