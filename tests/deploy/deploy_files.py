@@ -49,7 +49,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def until(holds: Callable[[], Any], *, what: str, seconds: float = 120) -> Any:
+def until(holds: Callable[[], Any], *, what: str, seconds: float = 600) -> Any:
     """Return what ``holds`` returns as soon as that is true."""
     end = time.monotonic() + seconds
     while not (got := holds()):

@@ -9,5 +9,5 @@ from prefect.testing.utilities import prefect_test_harness
 
 @pytest.fixture(scope="package")
 def server():
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         yield

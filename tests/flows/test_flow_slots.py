@@ -42,14 +42,14 @@ def test_scans_of_two_archives_share_the_slots_and_one_that_is_given_up_waits_no
         LIMITS.set(a)
         with slot():
             holds.set()
-            assert goes.wait(60)
+            assert goes.wait(600)
 
     @flow
     def scans():
         with pausable():
             thread = threading.Thread(target=copy_context().run, args=(first,))
             thread.start()
-            assert holds.wait(60)
+            assert holds.wait(600)
             seen.append(held("haloseg-gpu", a[1]))
             token = LIMITS.set(b)
             threading.Timer(1.0, given_up().set).start()
