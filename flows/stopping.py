@@ -26,6 +26,7 @@ from flows.showing import shown
 from pipeline.errors import GivenUpError
 
 SECONDS_BETWEEN_LOOKS = 3.0
+_LONGEST_WAIT_S = 1.0
 
 _GIVEN_UP: ContextVar[Event | None] = ContextVar("given_up", default=None)
 
@@ -71,7 +72,7 @@ def pausable() -> Iterator[None]:
         raise
     finally:
         over.set()
-        thread.join()
+        thread.join(_LONGEST_WAIT_S)  # it may be asking a server that does not answer
         _GIVEN_UP.reset(token)
     if seen:
         shown(lambda: _end_children(UUID(run_id)))

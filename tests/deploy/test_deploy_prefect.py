@@ -136,7 +136,7 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
     with httpx.Client(base_url=server["PREFECT_API_URL"], auth=AUTH) as client:
         limit = "/v2/concurrency_limits/haloseg-gpu"
         assert client.get(limit).json()["limit"] == 2
-        client.patch(limit, json={"limit": 3})
+        until(lambda: client.patch(limit, json={"limit": 3}).status_code == 204, what="SQLite has a moment")
         kept = subprocess.run(
             [sys.executable, DEPLOY / "limits.py"], env=server | {"PYTHONPATH": str(ROOT)}, check=True,
             capture_output=True, text=True,
