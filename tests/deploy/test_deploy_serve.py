@@ -189,7 +189,7 @@ def test_a_fault_in_the_middle_costs_time_alone(site, voxels, undisturbed, fault
     until(lambda: site.slots()["haloseg-gpu"] == 0, seconds=300, what="all slots are given back")
 
 
-def test_a_cancelled_run_stops_and_the_next_one_goes_on(site, voxels, undisturbed):
+def test_a_cancelled_run_stops_within_ten_seconds_and_the_next_one_goes_on(site, voxels, undisturbed):
     site.put("cancelled.tif", voxels)
     until(lambda: len(site.shards("cancelled")) > 0, seconds=400, what="the first shard")
     (run,) = site.runs("archive", "Running")
@@ -197,11 +197,13 @@ def test_a_cancelled_run_stops_and_the_next_one_goes_on(site, voxels, undisturbe
     begin = time.monotonic()
     until(lambda: [each for each in site.runs("archive", "Cancelled") if each["id"] == run["id"]], seconds=300,
           what="the run is cancelled")  # fmt: skip
-    took = time.monotonic() - begin  # under 10 s, but on a machine at full load
+    took = time.monotonic() - begin
     n_done = len(site.shards("cancelled"))
+    time.sleep(3)
+    assert n_done == len(site.shards("cancelled")) < N_BLOCKS
     assert not site.published("cancelled")
     print(f"cancelled after {took:.1f} s, {n_done} of {N_BLOCKS} shards were done")
-    assert n_done < N_BLOCKS
+    assert took < 10
     until(lambda: site.published("cancelled"), seconds=900, what="labels in spite of the cancellation")
     assert site.shards("cancelled") == undisturbed
 
@@ -249,7 +251,7 @@ def test_a_paused_run_stops_and_resumed_it_takes_up_what_is_missing(site, voxels
         assert f"| blocks | {N_BLOCKS}, of which {N_BLOCKS - done[stem]} are to be done |" in plan["data"]
 
 
-def test_when_all_is_done_a_run_does_nothing(site, undisturbed):
+def test_when_all_is_done_a_run_does_nothing_and_is_quick(site, undisturbed):
     until(lambda: not site.runs("archive", "Running"), seconds=300, what="no run is at work")
     begun = {each["id"] for each in site.runs("segment")}
     ended = {each["id"] for each in site.runs("archive", "Completed")}
@@ -260,7 +262,8 @@ def test_when_all_is_done_a_run_does_nothing(site, undisturbed):
 
     took = until(lambda: new() if len(new()) >= 2 else None, seconds=400, what="two more runs")
     assert {each["id"] for each in site.runs("segment")} == begun
-    print("seconds of runs that find all done:", took)  # under 10, but on a machine at full load
+    print("seconds of runs that find all done:", took)
+    assert max(took) < 10
 
 
 def test_a_bad_scan_and_one_that_grows_stop_no_other(site, undisturbed):
