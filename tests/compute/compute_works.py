@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,7 +25,7 @@ class Scripted:
     Under ``folder``: ``blocks/INDEX`` what a block wrote, ``attempts/INDEX-*`` the process of each attempt,
     ``setups/*`` the process of each state, ``spans/PID-*`` when a process was busy.
 
-    acts : (index, act) with act one of fail, fail twice, die, die once, disk full
+    acts : (index, act) with act one of fail, fail twice, die, die once, die thrice, disk full
     """
 
     folder: str
@@ -54,7 +55,7 @@ class Scripted:
         return BlockRecord(index, index * index, 0.0, 0.0, 0.0)
 
     def _act(self, act: str, n_before: int) -> None:
-        if act == "die" or (act == "die once" and not n_before):
+        if n_before < {"die": inf, "die once": 1, "die thrice": 3}.get(act, 0):
             os.kill(os.getpid(), signal.SIGKILL)
         if act == "fail" or (act == "fail twice" and n_before < 2):
             raise ValueError("this block\nfails")

@@ -193,6 +193,14 @@ def test_short_blocks_go_in_tasks_of_many_and_each_is_settled_alone(run, tmp_pat
     assert [len(attempts(tmp_path, index)) for index in (19, 20, 21, 25)] == [1, 3, 1, 3]
 
 
+def test_a_task_of_many_whose_workers_die_is_taken_apart(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
+    records = []
+    assert run(Scripted(str(tmp_path), ((30, "die thrice"),)), range(60), on_record=records.append) == ()
+    assert done(records) == list(range(60))
+    assert len(attempts(tmp_path, 30)) == 4
+
+
 def test_an_error_of_ours_in_a_task_of_many_ends_it_and_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.compute.window.TASK_S", inf)
     records = []
