@@ -16,9 +16,9 @@ All learn from the same slices of ISBI 2012, keep the weights of lowest loss ove
 not learn from, at five times of the training, and are compared on the slices of the fold, whole, that none has seen.
 Ours are segmented as the command line does, MONAI's by its sliding_window_inference with half overlap, Gaussian.
 
-MONAI's changes of patches are those of its tutorials: flips, right-angle turns, Rand2DElastic with the values of its
-transforms' demonstration (out of larger crops, so that no patch shows anything from beyond a crop), intensities scaled
-and shifted, noise. What it has for determinism is on. One row for each run goes to rows.jsonl in ``--folder``.
+MONAI's changes of patches are its own transforms with usual values: flips, right-angle turns, Rand2DElastic (out of
+larger crops, so that no patch shows anything from beyond a crop), intensities scaled and shifted, noise. What it has
+for determinism is on. One row for each run goes to rows.jsonl in ``--folder``.
 """
 
 import argparse
