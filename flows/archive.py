@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 
 import pipeline.archive as archives
 from flows.parameters import (
@@ -52,7 +52,7 @@ from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
 from pipeline.config import DEFAULT_BUDGET_BYTES
-from pipeline.errors import ClusterError, PipelineError, TakenError
+from pipeline.errors import ClusterError, GivenUpError, PipelineError, TakenError
 from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
 from pipeline.store.location import Location
@@ -115,6 +115,8 @@ def segment_archive(
             if todo:
                 with _cluster(cluster, workers, archive=archive) as run:
                     _scans(todo, what, table, settings=settings, at_once=scans_at_once, deadline_s=deadline_s, run=run)
+    except GivenUpError as error:
+        return Cancelled(message=str(error))
     except PipelineError as error:
         return failed(error)
     return _end(what, table)

@@ -1,7 +1,8 @@
 """Stopping: a flow run that an operator cancels or pauses ends soon, and so that its work can be taken up again.
 
-    cancelled   Prefect raises TerminationSignal in the main thread, and what is at work gives up
-    paused      the state on the server becomes "Suspended", of which nobody tells the process: it asks, now and then
+    cancelled   the state on the server becomes "Cancelling"; Prefect's runner raises TerminationSignal in the main
+                thread, late if the server was started again since: so the process asks, too, now and then
+    paused      the state becomes "Suspended", of which nobody tells the process but itself
 
 A run that is resumed begins again at the top, in a new process, and takes up what is missing.
 """
@@ -38,11 +39,12 @@ def given_up() -> Event:
 
 @contextmanager
 def pausable() -> Iterator[None]:
-    """Have the outermost flow run give up its work when it is paused, and leave it to be resumed.
+    """Have the outermost flow run give up its work when it is cancelled or paused.
 
     Raises
     ------
-    Pause : Prefect's own, by which it ends the process and keeps the run.
+    GivenUpError : it is cancelled.
+    Pause : it is paused; Prefect's own, by which it ends the process and keeps the run to be resumed.
     """
     run_id = flow_run.get_id()
     if _GIVEN_UP.get() is not None or run_id is None:
@@ -53,9 +55,9 @@ def pausable() -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(SECONDS_BETWEEN_LOOKS):
-            state = shown(lambda: _suspended(UUID(run_id)))
+            state = shown(lambda: _ending(UUID(run_id)))
             if state is not None:
-                log.info("paused: what is at work stops; resumed, this run takes up what is missing")
+                log.info("%s: what is at work stops, and what is missing is taken up later", state.name)
                 seen.append(state)
                 event.set()
                 return
@@ -65,7 +67,7 @@ def pausable() -> Iterator[None]:
     try:
         yield
     except GivenUpError:
-        if not seen:
+        if not seen or not seen[0].is_paused():
             raise
     except Pause:  # Prefect has seen it first, between two stages
         shown(lambda: _end_children(UUID(run_id)))
@@ -74,16 +76,20 @@ def pausable() -> Iterator[None]:
         over.set()
         thread.join(_LONGEST_WAIT_S)  # it may be asking a server that does not answer
         _GIVEN_UP.reset(token)
+    if seen and not seen[0].is_paused():
+        raise GivenUpError
     if seen:
         shown(lambda: _end_children(UUID(run_id)))
         raise Pause(state=seen[0])
 
 
-def _suspended(run_id: UUID) -> State | None:
-    """Return the state of a run that is paused so that it can be resumed; None of any other."""
+def _ending(run_id: UUID) -> State | None:
+    """Return the state of a run that is being cancelled, or paused so that it can be resumed; None of any other."""
     with get_client(sync_client=True) as client:
         state = client.read_flow_run(run_id).state
-    return state if state is not None and state.is_paused() and state.state_details.pause_reschedule else None
+    if state is None or not (state.is_cancelling() or (state.is_paused() and state.state_details.pause_reschedule)):
+        return None
+    return state
 
 
 def _end_children(run_id: UUID) -> None:
