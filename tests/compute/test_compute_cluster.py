@@ -206,7 +206,8 @@ def test_an_error_of_ours_in_a_task_of_many_ends_it_and_the_run(run, tmp_path, m
     records = []
     with pytest.raises(StorageError, match=r"^the disk must have room, got none; free some$"):
         run(Scripted(str(tmp_path), acts=((20, "disk full"),)), count(), on_record=records.append)
-    assert set(range(8)) <= set(done(records))
+    assert len(done(records)) >= 7  # so many must be settled before there is room for it
+    assert 20 not in done(records)
     assert len(attempts(tmp_path, 20)) == 1
 
 
@@ -232,7 +233,9 @@ def test_scheduler_and_workers_keep_nothing_that_grows_with_the_blocks_or_the_ru
     before = run.client.run_on_scheduler(kept)
     for _ in range(20):  # between two runs there is no task, and Dask would begin a new span
         run(work, range(20), on_record=lambda _: None)
-    after = run.client.run_on_scheduler(kept)
+    until = time.monotonic() + 30
+    while (after := run.client.run_on_scheduler(kept))["tasks"] and time.monotonic() < until:
+        time.sleep(0.05)  # the client's word that it has let go of the last ones is on its way
     assert [after[name] for name in ("spans", "prefixes")] == [before[name] for name in ("spans", "prefixes")]
     assert after["counters"] < before["counters"] + 20
     assert all(after[name] < 2 * 20 for name in ("tasks", "notes", "groups", "groups of spans"))
