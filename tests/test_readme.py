@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from volumes import scan_file
+from volumes import model_file, scan_file
 
 from pipeline.ingest import ingest, ingest_labels
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = ".venv/bin/haloseg"
-QUICKLY = (["--minutes", "0.02"], [], [])
+QUICKLY = {"train": ["--minutes", "0.02"]}
 LEAST_DICE = {"boundary": 0.75, "interior": 0.92}
 
 
@@ -52,11 +53,28 @@ def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path):
     (tmp_path / "my.toml").write_text("patch = 64\n")
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Softmax(dim=1)).eval()
     torch.export.save(torch.export.export(network, (torch.randn(1, 1, 128, 128),)), tmp_path / "network.pt2")
-    learnt, _, imported = (run([*line[1:], *quickly], tmp_path) for line, quickly in zip(lines, QUICKLY, strict=True))
+    learnt, _, imported = (run([*verb, *QUICKLY.get(verb[0], [])], tmp_path) for _, *verb in lines)
     assert learnt["model"] == "models/cells/1.safetensors"
     assert imported["classes"] == ["background", "wall", "cell"]
     assert imagecodecs.imread(tmp_path / "patches.png").ndim == 3
     assert segmented_by("cells.safetensors", tmp_path) == segmented_by("cells", tmp_path) == 2 * 96 * 90
+
+
+def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path):
+    text = " ".join(README.read_text().split())
+    verbs = r"`(?:haloseg )?((?:train|segment|evaluate|export|import) [^`]+)`"
+    lines = [line for line in map(shlex.split, re.findall(verbs, text)) if "..." not in line]
+    named = [line for line in lines if not line[1].startswith(("--", "smp:"))]
+    assert [line[0] for line in named] == ["train", "segment", "evaluate", "export", "import"]
+    for name, seed in (("noisy", 0), ("clean", 1)):
+        scan_file(tmp_path / f"{name}.tif", (2, 96, 90), seed=seed)
+        ingest(str(tmp_path / f"{name}.tif"), str(tmp_path / f"{name}.zarr"))
+    model_file(tmp_path / "cells.safetensors")
+    _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])], tmp_path) for line in named[:-1])
+    assert (tmp_path / "noisy.zarr" / "predictions" / "clean").samefile(written["prediction"])
+    assert compared["rmse"] >= compared["mae"] > 0
+    (tmp_path / packed["package"]).rename(tmp_path / named[-1][1])
+    assert run(named[-1], tmp_path)["network"]["source"] == "bioimage.io package haloseg cells"
 
 
 def segmented_by(model, folder):

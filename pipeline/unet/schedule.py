@@ -11,6 +11,7 @@ Joins make nothing: who takes a joined tensor takes its parts, each from its own
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from pipeline.unet.layers import (
@@ -140,6 +141,7 @@ def schedule_of(
     )  # fmt: skip
 
 
+@lru_cache(maxsize=16)
 def lags(chain: Chain, axis: int) -> tuple[int, ...]:
     """Return for every tensor how far its end lies past that of a stream's input, in its own rows; never positive.
 

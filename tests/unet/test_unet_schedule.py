@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_unet_columns import streaming
 from test_unet_families import EVERY, NETWORKS, SAME
 from test_unet_predict import trained
-from test_unet_streaming import ROUNDING, noise, streamed, whole
+from test_unet_streaming import check_a_stream_of_any_part, noise, streamed, whole
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.unet.columns import Columns
@@ -42,18 +42,7 @@ def networks(draw, dims):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_stream_through_any_family_is_the_whole_pass(data):
-    dims = data.draw(st.sampled_from((2, 2, 3)))
-    network = data.draw(networks(dims))
-    net = trained(network, data.draw(st.integers(0, 9))).double()
-    shape = [data.draw(st.integers(1, 33 if dims == 2 else 9)) for _ in range(dims)]
-    start = [data.draw(st.integers(0, n - 1)) for n in shape]
-    stop = [data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True)]
-    axis, slab = data.draw(st.integers(0, dims - 1)), network.stride * data.draw(st.integers(1, 4))
-    x = noise(shape, network.in_channels)
-    expected = whole(net, x)[(..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))]
-    got = streamed(Engine(net, device="cpu", dtype=torch.float64, first=axis), x, start, stop, slab=slab)
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= ROUNDING * (1 + expected.abs().max())
+    check_a_stream_of_any_part(data, networks, longest={2: 33, 3: 9})
 
 
 @EVERY

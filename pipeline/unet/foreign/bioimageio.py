@@ -121,10 +121,10 @@ class Package:
                 ends = (float(kwargs[0].get("min_percentile", 0)), float(kwargs[0].get("max_percentile", 100)))
                 if ends == (0.0, 100.0):
                     return Preprocessing(Normalisation.RANGE)
-                if known := sorted({*ends} - {0, *PERCENTILES, 100}):
+                if odd := sorted({*ends} - {0, *PERCENTILES, 100}):
                     raise ModelError(
                         f"a package's percentiles must be those that ingest stores, "
-                        f"{', '.join(f'{p:g}' for p in PERCENTILES)}, got {known[0]:g}; say --normalisation percentile "
+                        f"{', '.join(f'{p:g}' for p in PERCENTILES)}, got {odd[0]:g}; say --normalisation percentile "
                         "for 1 and 99"
                     )
                 return Preprocessing(Normalisation.PERCENTILE, () if ends == USUAL_PERCENTILES else (ends,))
