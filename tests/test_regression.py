@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 from ome_zarr_models.v05 import Image as OmeImage
-from volumes import model_file, scan_file, tree_digest, whole_scan
+from volumes import model_file, n_whole, scan_file, tree_digest, whole_scan
 
 from pipeline import cli
 from pipeline.archive import Archive, State, survey
@@ -149,11 +149,11 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
     )
     shards = Location(f"{image}/predictions/killed/0/c")
     deadline = time.monotonic() + 60
-    while len(list(shards.files())) < 5 and time.monotonic() < deadline:
+    while n_whole(shards) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    n_before = sum(not key.endswith(".partial") for key in shards.files())
+    n_before = n_whole(shards)
     assert 5 <= n_before < 128
     plan = plan_segment(image, model=model, name="killed", scheme=one)
     assert segment(plan, run=run_serial).n_run == 128 - n_before

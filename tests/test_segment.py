@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from volumes import model_file, scan_file, tree_digest, whole_scan
+from volumes import model_file, n_whole, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Scheme
@@ -167,11 +167,11 @@ def test_a_killed_process_group_goes_on_where_it_was(tmp_path):
                               start_new_session=True)  # fmt: skip
     shards = Location(f"{image}/labels/killed/0/c")
     deadline = time.monotonic() + 60
-    while len(list(shards.files())) < 4 and time.monotonic() < deadline:
+    while n_whole(shards) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
-    n_before = sum(not key.endswith(".partial") for key in shards.files())
+    n_before = n_whole(shards)
     assert 0 < n_before < 294
     again = subprocess.run([*command, "--name", "killed"], check=True, capture_output=True, text=True)
     assert json.loads(again.stdout)["blocks_kept"] == n_before
@@ -256,7 +256,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
     run = subprocess.Popen([*command, "killed", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     shards = Location(f"{image}/labels/killed/0/c")
     deadline = time.monotonic() + 60
-    while len(list(shards.files())) < 4 and time.monotonic() < deadline:
+    while n_whole(shards) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     workers[0].kill()

@@ -72,6 +72,11 @@ def whole_scan(voxels, model_path, statistics):
     return likely[(slice(None), *keep)]
 
 
+def n_whole(shards):
+    """Return how many shards lie in this Location, without those that are still being written."""
+    return sum(not key.endswith(".partial") for key in shards.files())
+
+
 def tree_digest(folder, *, without=()):
     """Return the SHA-256 of every file below a folder, by name."""
     return {

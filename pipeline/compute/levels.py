@@ -14,6 +14,7 @@ from pipeline.store.arrays import Layout, done_shards, open_array, write_shard
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.ngff import Level, halved_axes
 from pipeline.store.pyramid import Downsampling, read_downsampled
+from pipeline.store.reading import open_voxels
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class LevelBlocks:
 
     def setup(self) -> Any:  # noqa: ANN401
         """Open both levels."""
-        return open_array(self.source), open_array(self.target)
+        return open_voxels(self.source), open_array(self.target)
 
     def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
         """Make one shard."""

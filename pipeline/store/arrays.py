@@ -1,8 +1,8 @@
 """Sharded Zarr v3 arrays as haloseg writes them, and whole shards written once.
 
-Measured on zarr 3.1.6: two writers in one shard lose data in silence, all-zero shards are not stored unless asked for,
-and a damaged shard is read, and fails, before it is overwritten. So one block writes one whole shard, every shard is
-stored, and a shard that exists is deleted before it is written again. A shard that exists is therefore done.
+Two writers in one shard would lose data in silence (measured on zarr 3.1.6). So one block writes one whole shard: it is
+encoded in memory, by tensorstore, in about half the time that zarr-python takes, and put in its place at once, zeros
+too, when it is on disk. A shard that exists is therefore done, after a power cut as well.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import ceil, prod
 from typing import Any
 
 import numpy as np
+import tensorstore
 import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -98,10 +99,9 @@ def create_array(
 def open_array(location: Location) -> zarr.Array[Any]:
     """Return the Zarr array here, for reading and for whole-shard writing."""
     try:
-        array = zarr.open_array(str(location), mode="r+")
+        return zarr.open_array(str(location), mode="r+")
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise StoreError(f"there must be a Zarr array at {location}, got none; make it first") from error
-    return array.with_config({"write_empty_chunks": True})
 
 
 def write_shard(array: zarr.Array[Any], core: Box, voxels: NDArray[Any], *, location: Location) -> None:
@@ -113,9 +113,19 @@ def write_shard(array: zarr.Array[Any], core: Box, voxels: NDArray[Any], *, loca
     core : spatial box that one shard holds, clipped to the volume
     voxels : shape (..., *core.shape)
     """
-    shard_location(array, core, location=location).delete()
-    front = (slice(None),) * (array.ndim - core.ndim)
-    array[front + core.slices] = voxels
+    shard_location(array, core, location=location).write_bytes(_encoded(array, voxels))
+
+
+def _encoded(array: zarr.Array[Any], voxels: NDArray[Any]) -> bytes:
+    """Return a shard's content: that of an array which has only its voxels."""
+    spec = {
+        "driver": "zarr3", "kvstore": {"driver": "memory"}, "create": True, "store_data_equal_to_fill_value": True,
+        "metadata": array.metadata.to_dict() | {"shape": voxels.shape, "attributes": {}},
+    }  # fmt: skip
+    memory = tensorstore.Context()
+    tensorstore.open(spec, context=memory).result().write(voxels).result()
+    shards = tensorstore.KvStore.open({"driver": "memory"}, context=memory).result()
+    return shards["/".join(("c", *("0",) * voxels.ndim))]
 
 
 def shard_location(array: zarr.Array[Any], core: Box, *, location: Location) -> Location:

@@ -7,10 +7,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from pipeline.geometry.box import Box
+from pipeline.geometry.mirror import Sliceable
 from pipeline.store.arrays import Layout, create_array
 from pipeline.store.location import Location
 from pipeline.store.ngff import Level
@@ -68,21 +68,19 @@ def _mode(padded: NDArray[Any], factors: tuple[int, ...]) -> NDArray[Any]:
 
 
 def read_downsampled(
-    source: zarr.Array[Any], core: Box, *, factors: tuple[int, ...], how: Downsampling, depth: int
+    source: Sliceable, core: Box, *, factors: tuple[int, ...], how: Downsampling, depth: int
 ) -> NDArray[Any]:
     """Return the voxels of ``core``, a box of the coarser level, from the finer one: (..., *core.shape).
 
     Reads ``depth`` planes of the coarser level at a time, so that only one slab of the finer level is in memory.
     """
-    front = source.ndim - core.ndim
-    out = np.empty(source.shape[:front] + core.shape, dtype=source.dtype)
-    every = (slice(None),) * front
-    for top in range(0, core.shape[0], depth):
-        rows = slice(top, min(top + depth, core.shape[0]))
-        part = Box((core.start[0] + rows.start, *core.start[1:]), (core.start[0] + rows.stop, *core.stop[1:]))
+    front = len(source.shape) - core.ndim
+    planes = []
+    for top in range(core.start[0], core.stop[0], depth):
+        part = Box((top, *core.start[1:]), (min(top + depth, core.stop[0]), *core.stop[1:]))
         above = _above(part, factors, source.shape[front:])
-        out[(*every, rows)] = downsample(np.asarray(source[every + above.slices]), factors, how)
-    return out
+        planes.append(downsample(np.asarray(source[(slice(None),) * front + above.slices]), factors, how))
+    return np.concatenate(planes, axis=front)
 
 
 def _above(box: Box, factors: tuple[int, ...], shape: tuple[int, ...]) -> Box:

@@ -20,7 +20,8 @@ from pipeline.store.image import open_image
 from pipeline.store.location import Location
 from pipeline.unet.model import build, load_model
 
-_PATCH = {2: 256, 3: 96}  # what MONAI's and nnU-Net's own examples take, and enter here for both
+_PATCH = {2: 256, 3: 96}  # MONAI has no default window: larger in 2-D than that of its examples, which costs it less
+_EXAMPLES = 96  # along every axis, four windows at once, as MONAI's tutorials have it (unet_evaluation_array.py)
 _CHUNK = {2: 512, 3: 64}  # the usual chunks, and Dask's blocks
 _BLOCK = {2: 512, 3: 128}  # the most for torch-em's: of a size that the halo does not dwarf
 
@@ -102,15 +103,19 @@ def whole_scan(job):
     return in_memory(job, lambda network, x: network(x))
 
 
-def monai(job, **options):
+def monai(job, *, size=None, n_batch=1, **options):
     from monai.inferers import sliding_window_inference
 
-    patch = (_PATCH[job.dims],) * job.dims
-    return in_memory(job, lambda network, x: sliding_window_inference(x, patch, 1, network, **options))
+    patch = (size or _PATCH[job.dims],) * job.dims
+    return in_memory(job, lambda network, x: sliding_window_inference(x, patch, n_batch, network, **options))
 
 
 def monai_default(job):
     return monai(job)
+
+
+def monai_examples(job):
+    return monai(job, size=_EXAMPLES, n_batch=4)
 
 
 def monai_channels_last(job):
@@ -217,6 +222,7 @@ def _predict_with_halo() -> Any:
 PEERS = {
     "whole scan, bare": Scheme(whole_scan),
     "MONAI default": Scheme(monai_default),
+    "MONAI default, its examples' window": Scheme(monai_examples),
     "MONAI default, channels last": Scheme(monai_channels_last),
     "MONAI 0.5 Gaussian": Scheme(monai_gaussian, is_slow=True),
     "nnU-Net predictor": Scheme(nnunet, precision="float32, sums float16", is_slow=True),

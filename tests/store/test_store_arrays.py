@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import tensorstore
@@ -37,6 +39,17 @@ def test_a_shard_of_zeros_is_stored_since_what_exists_is_done(tmp_path):
     grid = BlockGrid((64, 64), (32, 32))
     write_shard(open_array(location), grid.block(2).core, np.zeros((32, 32), np.uint8), location=location)
     assert done_shards(location, grid) == {2}
+
+
+def test_a_shard_is_on_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
+    location, whole = Location(str(tmp_path / "0")), tmp_path / "0" / "c" / "1" / "0"
+    create_array(location, shape=(64, 64), dtype=np.uint8, layout=Layout((16, 16), (32, 32)), axes=("y", "x"))
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, whole.exists())))
+    core = BlockGrid((64, 64), (32, 32)).block(2).core
+    voxels = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    write_shard(open_array(location), core, voxels, location=location)
+    assert synced == [(whole.stat().st_size, False)]
 
 
 def test_a_damaged_shard_is_replaced(tmp_path):
