@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
+from pipeline.geometry.held_out import split
 from pipeline.geometry.mirror import Sliceable
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels
@@ -62,8 +63,8 @@ def open_lesson(
 ) -> Lesson:
     """Return what a recipe makes of the label volume ``labels`` of every image, or of the image's target.
 
-    Without images that are held out, the last part of every image along its first axis is: the last slices of a volume,
-    the bottom of a slide.
+    Without images that are held out, a part of every image along its first axis is: the last slices of a volume, the
+    bottom of a slide, or others where these lack a class (``held_out.split``).
 
     Parameters
     ----------
@@ -87,18 +88,14 @@ def open_lesson(
     if size and dims < len(size):
         size = (*(opened[0].voxel_size_um or size)[:-dims], *size[-dims:])
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=truth.n_outputs)
-    regions = _regions(opened, n_learnt=len(images) if held_out else None, fraction=recipe.validation_fraction)
+    regions = _regions(opened, truth, n_learnt=len(images) if held_out else None, fraction=recipe.validation_fraction)
     patches = _patches(opened, truth, settings=settings, recipe=recipe, size=size)
-    learn, check = (
-        replace(patches, sources=tuple(replace(s, region=r) for s, r in zip(patches.sources, side, strict=True) if r))
-        for side in zip(*regions, strict=True)
-    )  # fmt: skip
+    learn, check = (_within(patches, side) for side in zip(*regions, strict=True))
     learn = learn if recipe.ignore is None else learn.with_labelled()
     learn = learn.with_foreground(recipe.foreground_share) if recipe.foreground_share else learn
-    kept_back = tuple(box for _, box in regions)
     return Lesson(
-        tuple(opened), truth.volumes, settings, truth.classes, truth.class_values, learn, check, kept_back,
-        size, truth.windows, truth.input_windows,
+        tuple(opened), truth.volumes, settings, truth.classes, truth.class_values, learn, check,
+        tuple(kept[0] if kept else None for _, kept in regions), size, truth.windows, truth.input_windows,
     )  # fmt: skip
 
 
@@ -213,25 +210,18 @@ def _labelled(
 
 
 def _regions(
-    images: list[Image], *, n_learnt: int | None, fraction: float
-) -> list[tuple[Box | None, Box | None]]:
+    images: list[Image], truth: Truth, *, n_learnt: int | None, fraction: float
+) -> list[tuple[tuple[Box, ...], tuple[Box, ...]]]:
     """Return of each image what to learn from and what to hold out: all of the first ``n_learnt``, or parts of each."""
+    shapes = [image.spatial_shape for image in images]
     if n_learnt is None:
-        return [_split(image.spatial_shape, fraction) for image in images]
-    boxes = [Box.whole(image.spatial_shape) for image in images]
-    return [(box, None) if number < n_learnt else (None, box) for number, box in enumerate(boxes)]
+        every = zip(shapes, truth.occurrences or (None,) * len(shapes), strict=True)
+        return [split(shape, fraction=fraction, occurrences=found) for shape, found in every]
+    boxes = [Box.whole(shape) for shape in shapes]
+    return [((box,), ()) if number < n_learnt else ((), (box,)) for number, box in enumerate(boxes)]
 
 
-def _split(shape: tuple[int, ...], fraction: float) -> tuple[Box, Box]:
-    """Return the region to learn from and the slab held out: the end of the first axis of more than one voxel."""
-    axis = next((axis for axis, n in enumerate(shape) if n > 1), None)
-    if axis is None:
-        raise ArgumentError(
-            f"an image must have two voxels at least, to learn and to hold out, got shape {shape}; name a larger one"
-        )
-    n = shape[axis]
-    cut = n - min(n - 1, max(1, round(n * fraction)))
-    whole = Box.whole(shape)
-    stop = tuple(cut if i == axis else m for i, m in enumerate(shape))
-    start = tuple(cut if i == axis else 0 for i in range(len(shape)))
-    return Box(whole.start, stop), Box(start, whole.stop)
+def _within(patches: Patches, regions: Sequence[tuple[Box, ...]]) -> Patches:
+    """Return the patches of these regions of each image."""
+    of = zip(patches.sources, regions, strict=True)
+    return replace(patches, sources=tuple(replace(source, region=box) for source, boxes in of for box in boxes))

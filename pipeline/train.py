@@ -73,10 +73,11 @@ def train(
     """Write a model that has learnt the label volume ``labels`` of every image, or to make its target of it.
 
     Images that are held out are not learnt from; without any, it is the last part of every image along its first axis:
-    the last slices of a volume, the bottom of a slide. The weights of lowest loss there are kept. A run that was killed
-    goes on, with the same arguments, from its last validation, as FILE.checkpoint beside the model file says; the model
-    is the one that it would have made undisturbed, bit by bit, unless ``minutes`` are given. FILE.curves.png shows how
-    it goes, and how it went, FILE.sample.png what the network makes of a part that is held out.
+    the last slices of a volume, the bottom of a slide, or others where these lack a class. The weights of lowest loss
+    there are kept. A run that was killed goes on, with the same arguments, from its last validation, as FILE.checkpoint
+    beside the model file says; the model is the one that it would have made undisturbed, bit by bit, unless ``minutes``
+    are given. FILE.curves.png shows how it goes, and how it went, FILE.sample.png what the network makes of a part that
+    is held out.
 
     Parameters
     ----------

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.grid import BlockGrid
+from pipeline.geometry.held_out import long_axis
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
 from pipeline.unet.settings import LARGEST_CLASS
@@ -28,6 +30,7 @@ class Truth:
     volumes : of each image its labels or its target
     n_outputs : classes, or channels of the targets
     classes, class_values : names and label values of the classes, ascending; none of targets
+    occurrences : voxels of each class in each plane of a volume, (classes, planes of its long axis); none of targets
     windows, input_windows : (offset, scale) of each channel of the targets, and of their images; none of labels
     """
 
@@ -35,6 +38,7 @@ class Truth:
     n_outputs: int
     classes: tuple[str, ...] = ()
     class_values: tuple[int, ...] = ()
+    occurrences: tuple[NDArray[np.int64], ...] = ()
     windows: tuple[tuple[float, float], ...] = ()
     input_windows: tuple[tuple[float, float], ...] = ()
 
@@ -43,11 +47,11 @@ def of_labels(images: list[Image], name: str, *, recipe: Recipe) -> Truth:
     """Return the label volume of this name of every image."""
     volumes = [open_labels(label_location(image.location, name)) for image in images]
     _check_shapes(images, volumes)
-    values = _class_values(volumes, recipe=recipe)
+    values, occurrences = _occurrences(volumes, recipe=recipe)
     if recipe.classes and len(recipe.classes) != len(values):
         raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
     names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(volumes[0], value) for value in values)
-    return Truth(tuple(volumes), len(values), recipe.classes or names, values)
+    return Truth(tuple(volumes), len(values), recipe.classes or names, values, occurrences)
 
 
 def of_targets(images: list[Image], paths: Sequence[str], *, n_learnt: int) -> Truth:
@@ -106,25 +110,40 @@ def check_alike(images: list[Image], *, resampled: bool) -> None:
             )
 
 
-def _class_values(truths: list[Labels], *, recipe: Recipe) -> tuple[int, ...]:
-    """Return all label values but the ignored one, ascending, found block by block; of instances, 0 and 1."""
-    values: set[int] = set()
+def _occurrences(truths: list[Labels], *, recipe: Recipe) -> tuple[tuple[int, ...], tuple[NDArray[np.int64], ...]]:
+    """Return all label values but the ignored one, ascending, and how often each is in each plane of each volume.
+
+    Of instances the values are 0 and 1. All is found block by block.
+    """
+    tallies, values = [], set[int]()
     for truth in truths:
         if np.dtype(truth.dtype).kind not in "iub":
             raise StoreError(f"labels must be integers, got {truth.dtype} at {truth.location}; convert them")
-        array = truth.array
-        for block in BlockGrid(truth.spatial_shape, truth.layout.shard):
-            found = set(np.unique(np.asarray(array[block.core.slices])).tolist()) - {recipe.ignore}
-            values |= {int(value != 0) for value in found} if recipe.instances else found
+        tallies.append(tally := dict[int, NDArray[np.int64]]())
+        array, axis, shape = truth.array, long_axis(truth.spatial_shape), truth.spatial_shape
+        others = tuple(at for at in range(len(shape)) if at != axis)
+        for block in BlockGrid(shape, truth.layout.shard):
+            voxels = np.asarray(array[block.core.slices])
+            known = voxels if recipe.ignore is None else voxels[voxels != recipe.ignore]
+            found = np.unique(known != 0 if recipe.instances else known).astype(int).tolist()
+            values.update(found)
             if len(values) > LARGEST_CLASS:
                 raise ArgumentError(
                     f"labels must have 2 to {LARGEST_CLASS} different values, got more at {truth.location}; if they "
                     "are instances, set instances = true in the recipe or make classes of them, such as boundary and "
                     "interior"
                 )
+            for value in found:
+                here = (voxels != 0) & (voxels != recipe.ignore) if recipe.instances and value else voxels == value
+                counts = tally.setdefault(value, np.zeros(shape[axis], dtype=np.int64))
+                counts[block.core.slices[axis]] += np.count_nonzero(here, axis=others)
     if len(values) < 2:
         raise ArgumentError(f"labels must have at least 2 different values, got {sorted(values)}; label another class")
-    return tuple(sorted(values))
+    every = tuple(sorted(values))
+    nowhere = [np.zeros(truth.spatial_shape[long_axis(truth.spatial_shape)], dtype=np.int64) for truth in truths]
+    return every, tuple(
+        np.stack([tally.get(value, none) for value in every]) for tally, none in zip(tallies, nowhere, strict=True)
+    )
 
 
 def _class_name(truth: Labels, value: int) -> str:

@@ -145,9 +145,28 @@ def test_a_tenth_of_the_slices_labelled_teaches_all(tmp_path, dims):
 def test_labels_of_which_all_are_ignored_where_it_is_to_learn_are_refused(tmp_path):
     voxels, labels = textures((60, 96))
     labels[:48] = 255
-    image = image_of(tmp_path, "v", voxels, labels)
+    image, nothing = image_of(tmp_path, "v", voxels, labels), image_of(tmp_path, "n", voxels, np.full_like(labels, 255))
+    recipe = replace(SAME, ignore=255)
     with pytest.raises(ArgumentError, match="must show classes where the network is to learn, got ignored voxels"):
-        open_lesson([image], labels="truth", recipe=replace(SAME, ignore=255))
+        open_lesson([nothing], labels="truth", recipe=recipe, held_out=[image])
+    lesson = open_lesson([image], labels="truth", recipe=recipe)  # in its last fifth are all labels that there are
+    assert all((patches.batch(1, np.random.default_rng(0))[0].classes != IGNORED).any()
+               for patches in (lesson.learn, lesson.check.with_labelled()))
+
+
+def test_an_organ_in_the_middle_is_learnt_and_held_out(tmp_path):
+    voxels, labels = textures((20, 40, 96))
+    organ = labels * ((np.arange(20) > 5) & (np.arange(20) < 13)).astype(np.uint8)[:, None, None]
+    image = image_of(tmp_path, "v", voxels, organ)
+    lesson = open_lesson([image], labels="truth", recipe=SAME)
+    (held,) = (each for each in lesson.held_out if each)
+    assert [source.region.start[0] for source in lesson.learn.sources] == [0, held.stop[0]]
+    assert {source.region for source in lesson.check.sources} == {held}
+    assert organ[held.slices].any()
+    assert organ[lesson.learn.sources[0].region.slices].any() or organ[lesson.learn.sources[1].region.slices].any()
+    result = train([image], labels="truth", model=str(tmp_path / "m"), recipe=replace(SAME, steps=4))
+    assert result.model.training["images"][0]["held_out"]["start"] == list(held.start)
+    assert min(result.best.dice) >= 0
 
 
 def test_patches_are_the_same_whatever_the_number_of_readers(tmp_path):

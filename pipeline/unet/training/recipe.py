@@ -98,7 +98,7 @@ class Recipe:
     steps : when to stop
     patience : stop earlier, after so many validations without progress; 0: never
     validate_every : steps between two validations
-    validation_fraction : of each image, a slab at the end of its first axis, is held out
+    validation_fraction : of each image, a slab across its first axis, is held out
     augmentation : how patches are changed, a table of its own; see Augmentation
     classes : names of the labels' values, ascending; empty takes "class 0" and so on
     """
