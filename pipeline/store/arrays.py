@@ -7,6 +7,7 @@ too, when it is on disk. A shard that exists is therefore done, after a power cu
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
@@ -16,6 +17,7 @@ import tensorstore
 import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.box import Box
@@ -70,9 +72,10 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 def create_group(location: Location, attributes: dict[str, Any]) -> None:
     """Make a Zarr v3 group here, or replace the attributes of the one that is here; the only writer of them."""
-    group = zarr.open_group(str(location), mode="a", zarr_format=3, attributes=attributes)
-    if group.attrs.asdict() != attributes:
-        group.attrs.put(attributes)
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    metadata, content = location / "zarr.json", json.dumps(document, indent=2)
+    if metadata.read_json() != json.loads(content):
+        metadata.write_bytes(content.encode())
 
 
 def read_attributes(location: Location) -> dict[str, Any]:
@@ -89,11 +92,12 @@ def create_array(
     Axes in front of the layout's (channels) get chunks of one and shards of all.
     """
     front = shape[: len(shape) - len(layout.shard)]
-    zarr.create_array(
-        str(location), shape=shape, dtype=np.dtype(dtype), chunks=(1,) * len(front) + layout.chunk,
+    array = zarr.create_array(
+        MemoryStore(), shape=shape, dtype=np.dtype(dtype), chunks=(1,) * len(front) + layout.chunk,
         shards=front + layout.shard, compressors=[ZstdCodec(level=3), Crc32cCodec()], dimension_names=axes,
         fill_value=0,
     )  # fmt: skip
+    (location / "zarr.json").write_bytes(json.dumps(array.metadata.to_dict(), indent=2).encode())
 
 
 def open_array(location: Location) -> zarr.Array[Any]:
