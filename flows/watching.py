@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import cast
 from uuid import UUID
@@ -39,7 +39,7 @@ class ArtifactWatcher:
     ----------
     key : of the artifacts, before the stage's name
     count : tells how many blocks of the stage "segment" are done, from the ledger, since a worker reports a column of
-        blocks when all of it is done
+        blocks when all of it is done: then these count once
     n_voxels : of the stage "segment"
     """
 
@@ -47,50 +47,57 @@ class ArtifactWatcher:
         self, also: Watcher, *, key: str, count: Callable[[], int] | None = None, n_voxels: int | None = None
     ) -> None:
         self._also, self._key, self._count, self._n_voxels = also, key, count, n_voxels
-        self._given_up = given_up()
+        self._given_up, self._lock = given_up(), Lock()
         self._stage, self._artifact = "", cast("UUID | None", None)
-        self._n_blocks = self._n_done = self._n_before = self._n_told = 0
+        self._n_blocks = self._n_before = self._n_reported = self._n_counted = self._n_told = 0
         self._begin_s = self._updated_s = 0.0
 
     def begin(self, stage: str, *, n_blocks: int, n_done: int) -> None:
         """Make a progress artifact for the stage."""
         self._also.begin(stage, n_blocks=n_blocks, n_done=n_done)
-        self._stage, self._n_blocks, self._n_done, self._n_before = stage, n_blocks, n_done, n_done
-        self._n_told = n_done
-        self._begin_s = self._updated_s = monotonic()
-        self._artifact = None
-        if stage in _SHOWN_STAGES:
-            key, told = f"{self._key}-{stage}", self._description()
-            made = shown(lambda: create_progress_artifact(self._percent(), key=key, description=told))
-            self._artifact = made if isinstance(made, UUID) else None
+        with self._lock:
+            self._stage, self._n_blocks = stage, n_blocks
+            self._n_before = self._n_reported = self._n_counted = self._n_told = n_done
+            self._begin_s = self._updated_s = monotonic()
+            self._artifact = None
+            if stage in _SHOWN_STAGES:
+                key, told = f"{self._key}-{stage}", self._description()
+                made = shown(lambda: create_progress_artifact(self._percent(), key=key, description=told))
+                self._artifact = made if isinstance(made, UUID) else None
 
     def advance(self, record: BlockRecord) -> None:
         """Move the artifact, now and then and at the end; raises GivenUpError where the flow has been cancelled."""
         if self._given_up.is_set():
             raise GivenUpError
         self._also.advance(record)
-        self._n_done = min(self._n_blocks, self._n_done + record.n_blocks)
-        if self._n_done == self._n_blocks or self._is_time():
+        self._n_reported += record.n_blocks
+        if self._n_done == self._n_blocks != self._n_told or self._is_time():
             self._update()
 
     def count(self) -> None:
-        """Move the artifact of the stage "segment" to what the ledger says."""
-        if self._count is not None and self._stage == "segment" and self._n_done < self._n_blocks:
-            self._n_done = max(self._n_done, min(self._count(), self._n_blocks - 1))
-            if self._is_time():
-                self._update()
+        """Move the artifact of the stage "segment" to what the ledger says; another thread may advance meanwhile."""
+        if self._count is None or self._stage != "segment" or self._n_done == self._n_blocks:
+            return
+        self._n_counted = min(self._count(), self._n_blocks - 1)
+        if self._is_time():
+            self._update()
+
+    @property
+    def _n_done(self) -> int:
+        return max(self._n_counted, min(self._n_reported, self._n_blocks))
 
     def _is_time(self) -> bool:
         """Whether there is news, and old enough: long stages are told of less often, or events would flood the feed."""
         now = monotonic()
         pause_s = max(SECONDS_BETWEEN_UPDATES, _SHARE_BETWEEN_UPDATES * (now - self._begin_s))
-        return self._n_done != self._n_told and now - self._updated_s > pause_s
+        return self._n_done > self._n_told and now - self._updated_s > pause_s
 
     def _update(self) -> None:
-        self._updated_s, self._n_told = monotonic(), self._n_done
-        artifact, percent, told = self._artifact, self._percent(), self._description()
-        if artifact is not None:
-            shown(lambda: update_progress_artifact(artifact, percent, description=told))
+        with self._lock:
+            self._updated_s, self._n_told = monotonic(), self._n_done
+            artifact, percent, told = self._artifact, self._percent(), self._description()
+            if artifact is not None:
+                shown(lambda: update_progress_artifact(artifact, percent, description=told))
 
     def _percent(self) -> float:
         return 100.0 * self._n_done / max(1, self._n_blocks)
