@@ -210,7 +210,11 @@ def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, 
         return Outcome(scan, "failed", str(result) or cause_of(result), seconds, run_id=run_id)
     made: Segmented = result[0]
     scan = replace(scan, n_voxels=made.n_voxels)
-    return Outcome(scan, "published", "", seconds, made.voxels_per_s, run_id)
+    return Outcome(scan, "published", _retried(made), seconds, made.voxels_per_s, run_id)
+
+
+def _retried(made: Segmented) -> str:
+    return f"blocks retried: {made.retries.told}" if made.retries.n_blocks else ""
 
 
 def _end(archive: Archive, table: Table) -> State[Any]:

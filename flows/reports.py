@@ -55,9 +55,11 @@ def report_markdown(result: Segmented, *, figures: Evaluated | Compared | None, 
         lines.append(("certificate", certificate_of(result.certificate).line))
     if cause:
         lines.append(("not evaluated", plain(cause)))
+    lines += _retried(result.retries.told)
     rows = [
         ("voxels", f"{result.n_voxels:,}"),
         ("blocks", f"{result.n_blocks:,}, of which {result.n_run:,} were run now"),
+        ("blocks retried", f"{result.retries.n_blocks:,}"),
         ("voxels/s", quantity(result.voxels_per_s)), ("seconds", f"{result.wall_s:.1f}"),
         *((f"seconds of all workers, {stage}", f"{seconds:.1f}") for stage, seconds in result.stages),
         ("device idle", f"{result.idle_share:.1%}"),
@@ -85,12 +87,14 @@ def _figures(figures: Evaluated | Compared | None) -> list[tuple[str, str]]:
     return rows + [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
 
 
-def failure_markdown(cause: str, *, causes: dict[int, str]) -> str:
-    """Return why a scan failed, and which blocks of it."""
-    text = f"# Failed\n\n{plain(cause)}\n"
-    if causes:
-        text += "\n" + _lines((f"block {index}", plain(why)) for index, why in sorted(causes.items()))
-    return text
+def failure_markdown(cause: str, *, causes: dict[int, str], retries: str) -> str:
+    """Return why a scan failed, and which blocks of it; of the others, which had to be run again."""
+    lines = [(f"block {index}", plain(why)) for index, why in sorted(causes.items())] + _retried(retries)
+    return f"# Failed\n\n{plain(cause)}\n" + (f"\n{_lines(lines)}" if lines else "")
+
+
+def _retried(told: str) -> list[tuple[str, str]]:
+    return [("blocks retried", plain(told))] if told else []
 
 
 def archive_markdown(rows: Sequence[Sequence[str]], *, causes: Sequence[tuple[str, str]], summary: str) -> str:

@@ -74,6 +74,8 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
         result = segment(plan, run=run, watch=watch)
     made = f"{kind_of(result.result)} {result.result.location}"
     get_run_logger().info("%s: %d blocks run in %.1f s", made, result.n_run, result.wall_s)
+    if result.retries.n_blocks:
+        get_run_logger().warning("blocks retried: %s", result.retries.told)
     return result
 
 
@@ -147,8 +149,8 @@ def segment_scan(
 
 def _tell_of_failure(scan: str, image: str, name: str, error: PipelineError) -> None:
     """Leave a page with the cause and the blocks, and events for automations."""
-    causes = error.causes if isinstance(error, QuarantineError) else {}
-    text, key = failure_markdown(str(error), causes=causes), key_of(image, name, "failure")
+    causes, retries = (error.causes, error.retries) if isinstance(error, QuarantineError) else ({}, "")
+    text, key = failure_markdown(str(error), causes=causes, retries=retries), key_of(image, name, "failure")
     shown(lambda: create_markdown_artifact(text, key=key, description=f"why {scan} failed"))
     for index, cause in causes.items():
         tell("haloseg.block.quarantined", scan, {"block": index, "cause": cause})

@@ -104,6 +104,8 @@ def segment(args: Namespace) -> Document:
         "read_amplification": result.read_amplification, "idle_share": result.idle_share,
         "read_s": result.read_s, "wait_s": result.wait_s, "compute_s": result.compute_s, "write_s": result.write_s,
         "peak_rss_bytes": result.peak_rss_bytes, "certificate": result.certificate,
+        "blocks_retried": result.retries.n_blocks,
+        "retries": [{"cause": cause, "attempts": n} for cause, n in result.retries.by_cause],
     }  # fmt: skip
 
 

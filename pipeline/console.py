@@ -105,7 +105,7 @@ def readable(key: str, value: Any) -> str:  # noqa: ANN401 whatever JSON holds
     if isinstance(value, list):
         extent = key.endswith(("shape", "size_um", "chunk", "shard"))
         inner = "shape" if value and isinstance(value[0], list) else ""
-        return (" x " if extent else ", ").join(readable(inner, v) for v in value)
+        return (" x " if extent else ", ").join(readable(inner, v) for v in value) or "-"
     if isinstance(value, Mapping):
         plain = {k: v for k, v in value.items() if not isinstance(v, list | Mapping)}
         return ", ".join(f"{titled(k)} {readable(k, v)}" for k, v in (plain or value).items())

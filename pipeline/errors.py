@@ -55,11 +55,17 @@ class RunError(PipelineError):
 
 
 class QuarantineError(RunError):
-    """Some blocks failed again and again; every other block is done. ``causes`` are theirs, by block."""
+    """Some blocks failed again and again; every other block is done.
 
-    def __init__(self, message: str, causes: dict[int, str] | None = None) -> None:
+    Attributes
+    ----------
+    causes : of those that failed, by block
+    retries : which of the others had to be run again, and why; empty if none
+    """
+
+    def __init__(self, message: str, causes: dict[int, str] | None = None, *, retries: str = "") -> None:
         super().__init__(message)
-        self.causes = causes or {}
+        self.causes, self.retries = causes or {}, retries
 
 
 class TakenError(RunError):

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from pipeline.compute.levels import build_levels
+from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import Scheme
@@ -50,6 +51,7 @@ class Segmented:
     write_s: float
     peak_rss_bytes: int
     certificate: dict[str, Any] | None
+    retries: Retries
 
     @property
     def labels(self) -> Labels:
@@ -105,6 +107,7 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
     StorageError : the disk is full; the same call goes on from what is done.
     """
     begin, result, likely = perf_counter(), plan.result, plan.probabilities
+    watch = again = RetriesWatch(watch)
     tally = _Tally(watch)
     with storage_errors(result.location):
         if likely:
@@ -121,7 +124,7 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
             raise QuarantineError(
                 f"every block must succeed, got {len(failed)} that failed again and again (blocks {which}), the first "
                 f"with: {failed[0].cause}; mend the cause and run the same command again: it does those alone",
-                {each.index: each.cause for each in failed},
+                {each.index: each.cause for each in failed}, retries=again.retries.told,
             )
         if likely:
             publish_probabilities(plan.image, likely)
@@ -130,7 +133,7 @@ def segment(plan: Plan, *, run: RunBlocks, watch: Watcher = UNWATCHED) -> Segmen
     return Segmented(
         result, n_voxels, len(plan.grid), len(plan.grid) - len(done), n_voxels - n_kept, tally.n_voxels_read,
         perf_counter() - begin, tally.read_s, tally.wait_s, tally.compute_s, tally.write_s, tally.peak_rss_bytes,
-        certificate,
+        certificate, again.retries,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
+from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
@@ -53,6 +54,7 @@ class DaskRunner:
     """
 
     client: Client
+    losses: Losses
     worker_timeout_s: float = WORKER_TIMEOUT_S
     stuck_after_s: float = STUCK_AFTER_S
     given_up: Event = field(default_factory=Event)
@@ -73,7 +75,7 @@ class DaskRunner:
             self._resident(work, name),
             Window(
                 self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s,
-                given_up=self.given_up, priority=self.priority,
+                given_up=self.given_up, priority=self.priority, losses=self.losses,
             ) as window,
         ):
             return window.run(indices)
@@ -135,7 +137,9 @@ def open_runner(
     check_address(cluster)
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
         client.forward_logging("haloseg")
-        yield DaskRunner(client, worker_timeout_s, stuck_after_s)
+        losses = Losses(prefix=f"{PREFIX}{client.id}-")
+        losses.listen(client)
+        yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError, RunError
@@ -27,6 +27,7 @@ class BlockRecord:
     n_blocks : written
     n_voxels_read : from the store
     peak_rss_bytes, device_bytes : most memory, and most of the device's, that the process has had
+    retries : why each attempt before this one came to nothing; the runner's to fill in
     """
 
     index: int
@@ -39,6 +40,7 @@ class BlockRecord:
     n_blocks: int = 1
     n_voxels_read: int = 0
     device_bytes: int = 0
+    retries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +110,14 @@ def run_serial(
 
 def _tried(work: BlockWork, state: Any, index: int) -> BlockRecord | Quarantined:  # noqa: ANN401
     """Run one block, as often as it takes up to the number of retries."""
-    cause = ""
+    causes: list[str] = []
     for attempt in range(1 + RETRIES):
         try:
-            return work.run(state, index)
+            record = work.run(state, index)
+            return replace(record, retries=tuple(causes)) if causes else record
         except PipelineError:
             raise
         except Exception as error:  # noqa: BLE001 whatever a block dies of is recorded and reported, never lost
-            cause = cause_of(error)
-            log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, cause)
-    return Quarantined(index, cause)
+            causes.append(cause_of(error))
+            log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, causes[-1])
+    return Quarantined(index, causes[-1])

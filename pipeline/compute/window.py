@@ -26,6 +26,7 @@ from typing import Any, Self
 from dask.base import annotate
 from distributed import Client, Future, KilledWorker
 
+from pipeline.compute.losses import Losses
 from pipeline.compute.resident import Failed, Stopped, TaskOutcome, run_blocks
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
@@ -43,12 +44,16 @@ LOST_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One attempt at some blocks; ``avoid`` is where the last one, at a block alone, failed; ``others`` may run it."""
+    """One attempt at some blocks; ``avoid`` is where the last one, at a block alone, failed; ``others`` may run it.
+
+    ``causes`` say why earlier attempts came to nothing, also those that Dask made again and that count for none.
+    """
 
     indices: tuple[int, ...]
     attempt: int = 0
     avoid: str = ""
     others: frozenset[str] = frozenset()
+    causes: tuple[str, ...] = ()
 
 
 class Window:
@@ -63,15 +68,17 @@ class Window:
     name : of the plugin that holds the run's work on every worker
     worker_timeout_s : how long the run goes on waiting without a single worker
     given_up : once set, from any thread, the run ends
+    losses : tells which tasks were on a worker that died
     priority : of two runs on one cluster, the blocks of that of the higher one go first
     """
 
     def __init__(
         self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float,
-        given_up: Event, priority: int = 0,
+        given_up: Event, losses: Losses, priority: int = 0,
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
+        self._losses = losses
         self._in_flight: dict[Future[TaskOutcome], _Task] = {}
         self._finished: SimpleQueue[Future[TaskOutcome]] = SimpleQueue()
         self._lost: list[Future[TaskOutcome]] = []
@@ -95,6 +102,7 @@ class Window:
                 self._client.cancel(list(self._in_flight), force=True)
         self._in_flight.clear()
         self._lost.clear()
+        self._losses.forget(self._name)
 
     def run(self, indices: Iterable[int]) -> tuple[Quarantined, ...]:
         """Run every block; the iterable is read only as far as there is room in the window."""
@@ -111,7 +119,7 @@ class Window:
             if self._given_up.is_set():
                 raise GivenUpError
             for future, outcome in self._outcomes(self._next_finished()):
-                self._settle(self._in_flight.pop(future), outcome)
+                self._settle(self._taken(future), outcome)
             self._fill(indices)
 
     def _fill(self, indices: Iterator[int]) -> None:
@@ -146,8 +154,9 @@ class Window:
                 futures.append(self._finished.get(timeout=LOST_POLL_S if self._lost else REFRESH_S))
             while True:
                 futures.append(self._finished.get_nowait())
-        self._lost = [future for future in {*self._lost, *futures} if not future.done()]
-        return [future for future in futures if future not in self._lost and future in self._in_flight]
+        ended = {future: future.done() for future in (*self._lost, *futures)}  # asked once: it may change at any moment
+        self._lost = [future for future, done in ended.items() if not done]
+        return [future for future, done in ended.items() if done and future in self._in_flight]
 
     def _outcomes(self, futures: list[Future[TaskOutcome]]) -> list[tuple[Future[TaskOutcome], object]]:
         """Return what the attempts sent back, in one message if none of them has an error, but for what is lost."""
@@ -165,13 +174,20 @@ class Window:
                 found.append((future, error))
         return found
 
+    def _taken(self, future: Future[TaskOutcome]) -> _Task:
+        """Return the task of a future that is in flight no more, with what happened to it on the way."""
+        task, causes = self._in_flight.pop(future), self._losses.pop(str(future.key))
+        if causes:
+            log.warning("block %d and %d more were sent again: %s", task.indices[0], len(task.indices) - 1, causes[0])
+        return replace(task, causes=task.causes + causes)
+
     def _settle(self, task: _Task, outcome: object) -> None:
         """Act on what one attempt came to."""
         match outcome:
             case TaskOutcome():
                 n_begun = len(outcome.of_blocks)
                 for index, of_block in zip(task.indices[:n_begun], outcome.of_blocks, strict=True):
-                    self._settle_block(index, of_block, attempt=task.attempt)
+                    self._settle_block(index, of_block, task=task)
                 self._pace(task, n_begun, seconds=outcome.seconds)
             case KilledWorker():
                 self._suspect(task, n_deaths=outcome.allowed_failures + 1)
@@ -182,14 +198,14 @@ class Window:
                 )
             case BaseException():
                 for index in task.indices:
-                    self._count_against(index, cause_of(outcome), attempt=task.attempt, worker="")
+                    self._count_against(index, cause_of(outcome), task=task, worker="")
 
-    def _settle_block(self, index: int, outcome: object, *, attempt: int) -> None:
+    def _settle_block(self, index: int, outcome: object, *, task: _Task) -> None:
         match outcome:
             case BlockRecord():
-                self._on_record(outcome)
+                self._on_record(replace(outcome, retries=task.causes) if task.causes else outcome)
             case Failed():
-                self._count_against(index, outcome.cause, attempt=attempt, worker=outcome.worker)
+                self._count_against(index, outcome.cause, task=task, worker=outcome.worker)
             case Stopped():
                 raise outcome.error
             case _:
@@ -201,22 +217,23 @@ class Window:
         if n_begun < n_blocks:
             self._n_per_task = n_begun
             left = range(n_begun, n_blocks, n_begun)
-            self._again.extend(_Task(task.indices[start : start + n_begun], task.attempt) for start in left)
+            parts = (task.indices[start : start + n_begun] for start in left)
+            self._again.extend(_Task(part, task.attempt, causes=task.causes) for part in parts)
         elif seconds < TASK_S / 2:
             self._n_per_task = max(self._n_per_task, min(2 * n_blocks, LARGEST_TASK))
 
-    def _count_against(self, index: int, cause: str, *, attempt: int, worker: str) -> None:
+    def _count_against(self, index: int, cause: str, *, task: _Task, worker: str) -> None:
         """Try the block again, alone, on another worker if there is one, up to the number of retries."""
-        log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, cause)
-        if attempt < RETRIES:
-            self._again.append(_Task((index,), attempt + 1, worker))
+        log.warning("block %d failed, attempt %d of %d: %s", index, task.attempt + 1, 1 + RETRIES, cause)
+        if task.attempt < RETRIES:
+            self._again.append(_Task((index,), task.attempt + 1, worker, causes=(*task.causes, cause)))
         else:
             self._quarantine(Quarantined(index, cause))
 
     def _suspect(self, task: _Task, *, n_deaths: int) -> None:
         """Set aside a block whose workers died; quarantine it if none other was in flight."""
         if len(task.indices) > 1:
-            self._again.extend(_Task((index,), task.attempt) for index in task.indices)
+            self._again.extend(_Task((index,), task.attempt, causes=task.causes) for index in task.indices)
             return
         (index,) = task.indices
         cause = f"worker died {n_deaths} times on this block (out of memory, or stuck?)"
@@ -224,7 +241,7 @@ class Window:
             self._quarantine(Quarantined(index, cause))
             return
         log.warning("block %d is run again when all others are done: %d workers died under it", index, n_deaths)
-        self._suspects.append(_Task((index,), task.attempt + 1))
+        self._suspects.append(_Task((index,), task.attempt + 1, causes=task.causes))
         check_quarantine([*self._quarantined, *(Quarantined(each.indices[0], cause) for each in self._suspects)])
 
     def _quarantine(self, block: Quarantined) -> None:
@@ -253,6 +270,6 @@ class Window:
         """Submit anew what was to run on workers that are all gone: Dask lets it wait for them (distributed 2026.8)."""
         for future, task in list(self._in_flight.items()):
             if task.others and not task.others & self._workers and not future.done():
-                del self._in_flight[future]
                 self._client.cancel([future], force=True)
-                self._again.append(_Task(task.indices, task.attempt))
+                task = self._taken(future)
+                self._again.append(_Task(task.indices, task.attempt, causes=task.causes))

@@ -75,6 +75,10 @@ def exposed() -> str:
     return prometheus_client.generate_latest().decode()
 
 
+def retries(records: list[BlockRecord]) -> dict[int, tuple[str, ...]]:
+    return {record.index: record.retries for record in records if record.retries}
+
+
 def done(records: list[BlockRecord]) -> list[int]:
     return sorted(record.index for record in records)
 
@@ -112,6 +116,16 @@ def test_a_block_that_fails_twice_is_tried_on_other_workers_until_it_works(run, 
     assert done(records) == list(range(12))
     first, second, third = attempts(tmp_path, 3)
     assert first != second != third
+    assert retries(records) == {3: ("ValueError: this block fails",) * 2}
+
+
+def test_retries_are_told_as_in_a_serial_run(run, tmp_path):
+    told = []
+    for runner, folder in ((run, tmp_path / "dask"), (run_serial, tmp_path / "serial")):
+        records = []
+        assert runner(Scripted(str(folder), ((3, "fail twice"),)), range(40), on_record=records.append) == ()
+        told.append(retries(records))
+    assert told[0] == told[1] == {3: ("ValueError: this block fails",) * 2}
 
 
 def test_a_block_that_always_fails_is_quarantined_as_in_a_serial_run(run, tmp_path):
@@ -137,6 +151,9 @@ def test_a_killed_worker_costs_nothing_but_time(run, tmp_path):
     assert done(records) == list(range(30))
     assert len(files(tmp_path, "blocks")) == 30
     assert len(set(attempts(tmp_path, 5))) == 2
+    assert retries(records)[5] == ("its worker died",)
+    assert set(retries(records).values()) == {("its worker died",)}  # others waited on the same worker
+    assert 1 <= len(retries(records)) < 30
 
 
 def test_a_block_that_kills_its_workers_is_quarantined_and_its_neighbours_are_not(run, tmp_path):
@@ -199,6 +216,7 @@ def test_a_task_of_many_whose_workers_die_is_taken_apart(run, tmp_path, monkeypa
     assert run(Scripted(str(tmp_path), ((30, "die thrice"),)), range(60), on_record=records.append) == ()
     assert done(records) == list(range(60))
     assert len(attempts(tmp_path, 30)) == 4
+    assert retries(records)[30] == ("its worker died",) * 3
 
 
 def test_an_error_of_ours_in_a_task_of_many_ends_it_and_the_run(run, tmp_path, monkeypatch):

@@ -112,17 +112,41 @@ def test_a_run_that_loses_every_worker_ends(tmp_path):
             run(Scripted(str(tmp_path), sleep_s=0.05), range(1000), on_record=lambda _: worker.kill())
 
 
+def kill_with_results(worker: subprocess.Popen[bytes], folder: Path) -> None:
+    """Kill a worker with the results of blocks of which the client has heard, and which it has not fetched."""
+    until = time.monotonic() + 60
+    while len(list((folder / "blocks").iterdir())) < TASKS_PER_WORKER and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.2)  # the client hears that they are done
+    worker.kill()
+    worker.wait()
+
+
+def test_blocks_whose_results_die_with_a_worker_are_run_by_the_next_one(tmp_path):
+    with processes(tmp_path) as started:
+        worker = started.worker("--nthreads", "1", "--no-nanny")
+        records = []
+
+        def on_record(record):
+            records.append(record)
+            if len(records) == 1:
+                kill_with_results(worker, tmp_path)
+                started.worker("--nthreads", "1", "--no-nanny")
+
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            assert run(Scripted(str(tmp_path), sleep_s=0.3), range(12), on_record=on_record) == ()
+        assert sorted(record.index for record in records) == list(range(12))
+        again = {record.index: record.retries for record in records if record.retries}
+        assert 2 <= len(again) <= TASKS_PER_WORKER
+        assert set(again.values()) == {("its worker died",)}
+
+
 def test_a_run_whose_results_die_with_the_last_worker_ends(tmp_path):
     with processes(tmp_path) as started:
         worker = started.worker("--nthreads", "1", "--no-nanny")
 
         def kill(_record):
-            until = time.monotonic() + 60
-            while len(list((tmp_path / "blocks").iterdir())) < TASKS_PER_WORKER and time.monotonic() < until:
-                time.sleep(0.02)
-            time.sleep(0.2)  # the client hears that they are done, and has not fetched them
-            worker.kill()
-            worker.wait()
+            kill_with_results(worker, tmp_path)
 
         rule = r"^a run needs at least one worker, got none for 1 s"
         with (

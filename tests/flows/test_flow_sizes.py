@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from math import isqrt
-from threading import Event
 from uuid import uuid4
 
 import pytest
+from flow_runners import Here, shared
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -21,22 +20,12 @@ from volumes import model_file, scan_file
 
 from flows import watching
 from flows.segment import segment_scan
-from flows.watching import SECONDS_BETWEEN_UPDATES, SHARED_RUNNER, ArtifactWatcher
-from pipeline.compute.runner import BlockRecord, run_serial
+from flows.watching import SECONDS_BETWEEN_UPDATES, ArtifactWatcher
+from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED
 from pipeline.unet.settings import Padding, UNetSettings
 
 MOST_TASK_RUNS = 10
-
-
-@dataclass(frozen=True)
-class Here:
-    """Runs blocks in this process, in place of a cluster's runner."""
-
-    given_up: Event = field(default_factory=Event)
-
-    def __call__(self, work, indices, *, on_record):
-        return run_serial(work, indices, on_record=on_record)
 
 
 def left_by(run_id):
@@ -71,10 +60,9 @@ def test_a_scan_of_many_blocks_costs_the_server_what_one_of_four_does(server, tm
     runs = []
     for n in (4, n_blocks):
         scan_file(tmp_path / f"{n}.tif", (16 * isqrt(n),) * 2)
-        token = SHARED_RUNNER.set(Here())
         scan, image = str(tmp_path / f"{n}.tif"), str(tmp_path / f"{n}.zarr")
-        state = segment_scan(scan, image, model, shard=(16, 16), return_state=True)
-        SHARED_RUNNER.reset(token)
+        with shared(Here()):
+            state = segment_scan(scan, image, model, shard=(16, 16), return_state=True)
         assert state.result()[0].n_run == n
         runs.append(state.state_details.flow_run_id)
     few, many = map(settled, runs)
