@@ -85,9 +85,10 @@ def test_a_scheduler_that_is_killed_ends_the_run_in_one_line_and_the_next_run_go
         for _ in range(N_WORKERS):
             started.worker("--nthreads", "1")
         rule = r"^the Dask scheduler must live as long as the run, [^\n]* run the same command again$"
-        with pytest.raises(RunError, match=rule), open_runner(cluster=started.address, n_workers=1) as dask:
+        with open_runner(cluster=started.address, n_workers=1) as dask:
             dask.client.wait_for_workers(N_WORKERS, timeout=120)
-            segment(plan("scheduler"), run=Disturbed(dask, started.scheduler.kill))
+            with pytest.raises(RunError, match=rule):
+                segment(plan("scheduler"), run=Disturbed(dask, started.scheduler.kill))
     n_done = len(plan("scheduler").done())
     assert 0 < n_done < N_BLOCKS
     with processes(tmp_path / "second") as started:

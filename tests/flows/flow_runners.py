@@ -31,10 +31,14 @@ class Flaky:
 
 @dataclass(frozen=True)
 class Here:
-    """Runs blocks here; of stages of so many blocks some need more than one attempt, as ``attempts`` says."""
+    """Runs blocks here, each of which needs so many attempts as ``attempts`` says, in every stage."""
 
     given_up: Event = field(default_factory=Event)
     attempts: dict[int, int] = field(default_factory=dict)
+    priority: int = 0
+
+    def is_lost(self):
+        return False
 
     def __call__(self, work, indices, *, on_record):
         return run_serial(Flaky(work, self.attempts), indices, on_record=on_record)
