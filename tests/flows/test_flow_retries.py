@@ -28,12 +28,12 @@ def test_a_report_tells_which_blocks_were_run_again_and_why(server, tmp_path):
     assert f"- **blocks retried**: {result.retries.told}\n" in page("flaky", "report")
     assert f"| blocks retried | {result.retries.n_blocks} |" in page("flaky", "report")
     with shared(Here()):
-        result, _ = segment_scan(scan, image, model, name="sound")
+        result, _ = segment_scan(scan, image, model, name="sound", shard=(16,))
     assert result.retries.told == ""
     assert "| blocks retried | 0 |" in page("sound", "report")
     assert "**blocks retried**" not in page("sound", "report")
     with shared(Here(attempts={0: 4, 1: 3})):
-        state = segment_scan(scan, image, model, name="bad", return_state=True)
+        state = segment_scan(scan, image, model, name="bad", shard=(16,), return_state=True)
     assert state.is_failed()
     assert "- **block 0**: ValueError: a flake\n" in page("bad", "failure")
     assert "- **blocks retried**: " in page("bad", "failure")
