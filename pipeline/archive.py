@@ -14,10 +14,10 @@ from time import time
 
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError, PipelineError, ScanError
+from pipeline.identity import stamps
 from pipeline.listing import changed_s, pattern_of, walk
 from pipeline.provenance import fingerprint
-from pipeline.scans.identity import stamps
-from pipeline.scans.registry import format_of
+from pipeline.scans.registry import ON_DISK, format_of, is_remote_file
 from pipeline.segment import image_beside
 from pipeline.store.image import read_image
 from pipeline.store.labels import check_name
@@ -212,6 +212,8 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
 
 
 def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
+    if is_remote_file(scan.path):
+        return replace(scan, state=State.BLOCKED, detail=ON_DISK.format(scan.path))
     location = Location(scan.image)
     image, is_due = read_image(location), False
     if image is not None and scan.path != scan.image and not stamps(scan.path).items() <= image.scan.items():
@@ -232,16 +234,17 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
         return replace(scan, state=State.TAKEN, detail=by)
     if is_due:
         return replace(scan, state=State.UNREPORTED, detail="its labels are published, its report is not made yet")
-    age_s = time() - (changed_s(Location(scan.path)) or scan.changed_s)
+    scan = replace(scan, changed_s=changed_s(Location(scan.path)) or scan.changed_s)
+    age_s = time() - scan.changed_s
     if age_s < archive.settle_s:
         return replace(scan, state=State.GROWING, detail=f"changed {max(0, age_s):.0f} s ago")
     return replace(scan, state=State.NEW if image is None else State.UNFINISHED)
 
 
 def _is_scan(path: Location) -> bool:
-    """Whether a file or folder is of a kind that can be read, though perhaps damaged; of a bucket Zarr alone."""
+    """Whether a file or folder is of a kind that can be read, perhaps damaged, or could if it lay on a disk."""
     if not path.is_local:
-        return path.name.endswith(".zarr")
+        return path.name.endswith(".zarr") or is_remote_file(path.url)
     try:
         format_of(str(path))
     except (ScanError, OSError):

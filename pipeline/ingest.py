@@ -17,8 +17,8 @@ from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_ser
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.errors import ArgumentError, InputError, QuarantineError, ScanError, StoreError
 from pipeline.geometry.grid import BlockGrid
+from pipeline.identity import identity
 from pipeline.scans.backend import open_scan
-from pipeline.scans.identity import identity
 from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels

@@ -49,10 +49,7 @@ def changed_s(path: Location) -> float | None:
     A time to come, of an instrument whose clock is ahead, counts as the time at which the file came here.
     """
     if not path.is_local:
-        try:
-            return max((entry.changed_s for entry in path.entries()), default=None)
-        except (OSError, PipelineError):
-            return None
+        return max((entry.changed_s for entry in path.below()), default=None)
     file, now, newest = Path(path.url), time(), None
     deep = path.name.endswith(".zarr")
     inside = file.rglob("*") if deep else file.iterdir()

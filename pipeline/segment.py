@@ -18,10 +18,10 @@ from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import Scheme
 from pipeline.errors import QuarantineError
+from pipeline.identity import identity
 from pipeline.ingest import ingest
 from pipeline.plan import USUAL, Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
-from pipeline.scans.identity import identity
 from pipeline.store.image import read_image
 from pipeline.store.labels import Labels, check_name
 from pipeline.store.location import Location, storage_errors

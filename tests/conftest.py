@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from objects import environment, new_bucket, object_server
 
 import pipeline.unet  # noqa: F401 settles how torch's threads wait, before a test module imports torch
 
@@ -17,3 +18,18 @@ def data() -> Path:
     path = Path(folder)
     assert path.is_dir(), f"HALOSEG_DATA must be a folder, got {folder}"
     return path
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """Yield the address of a server that speaks S3."""
+    with object_server(tmp_path_factory.mktemp("objects")) as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(objects, monkeypatch) -> str:
+    """Return the URL of a bucket of this test's own; this process and its children are set up to find it."""
+    for name, value in environment(objects).items():
+        monkeypatch.setenv(name, value)
+    return new_bucket(objects)

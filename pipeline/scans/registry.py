@@ -11,13 +11,14 @@ import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ScanError
 from pipeline.scans.lazy import LazyScan, damage_named
 
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 _PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+_FILES = _PICTURES | {".svs", ".h5", ".hdf5", ".npy"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -25,6 +26,11 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 def is_zarr(path: str) -> bool:
     """Whether this is a URL or a Zarr folder."""
     return "://" in path or path.rstrip("/").endswith(".zarr") or any((Path(path) / f).exists() for f in _ZARR_FILES)
+
+
+def is_remote_file(path: str) -> bool:
+    """Whether this is the URL of a scan in one file, which can be read from a disk alone."""
+    return "://" in path and PurePosixPath(path.partition("::")[0]).suffix.lower() in _FILES
 
 
 def is_tiff(path: str) -> bool:
@@ -53,6 +59,9 @@ def is_slices(path: str) -> bool:
     if folder.is_dir():
         return any(p.suffix.lower() in _PICTURES for p in folder.iterdir())
     return not folder.exists() and glob.has_magic(path)
+
+
+ON_DISK = "a scan at a URL must be a Zarr, got {}, which is one file; copy it to a disk and ingest it from there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,8 @@ def format_of(path: str) -> Format:
     ------
     ScanError : nothing is there, or nothing that can be read; the message lists what can.
     """
+    if is_remote_file(path):
+        raise ScanError(ON_DISK.format(path))
     on_disk = path.partition("::")[0]
     if "://" not in path and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
         raise ScanError(f"a scan must exist, got {path}; check the path")

@@ -103,7 +103,7 @@ def create_array(
 def open_array(location: Location) -> zarr.Array[Any]:
     """Return the Zarr array here, for reading and for whole-shard writing."""
     try:
-        return zarr.open_array(str(location), mode="r+")
+        return zarr.open_array(str(location), mode="r+", zarr_format=3)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise StoreError(f"there must be a Zarr array at {location}, got none; make it first") from error
 

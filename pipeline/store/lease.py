@@ -14,7 +14,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Event, Thread
 from time import sleep, time
 from typing import Any
@@ -104,7 +104,7 @@ def _others(image: Location, *, own: Location | None) -> list[str]:
         if about.get("lapses", 0.0) > time() and not _is_dead(about):
             found.append(f"{about['holder']}, process {about['process']}" if "holder" in about else "unknown")
         elif about:
-            _delete(file)
+            file.delete_file()
     return found
 
 
@@ -113,11 +113,6 @@ def _entries(folder: Location) -> list[Entry]:
         return folder.entries() if folder.exists() else []
     except FileNotFoundError:  # the last holder has just removed it
         return []
-
-
-def _delete(file: Location) -> None:
-    with suppress(FileNotFoundError):
-        file.delete()
 
 
 def _write(own: Location, lasts_s: float) -> None:
@@ -158,7 +153,7 @@ def _renew(own: Location, lasts_s: float, over: Event) -> None:
 
 
 def _withdraw(image: Location, own: Location) -> None:
-    _delete(own)
+    own.delete_file()
     folder = _folder(image)
     if next(folder.files(), None) is None:
         folder.delete_empty()

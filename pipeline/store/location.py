@@ -17,6 +17,7 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 
 from pipeline.errors import StorageError, StoreError
+from pipeline.store.bucket import is_bucket, knock, told
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -24,12 +25,19 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file or folder in a folder; ``changed_s`` is when it was last changed, in seconds since 1970, if known."""
+    """A file or folder in a folder.
+
+    Attributes
+    ----------
+    changed_s : when it was last changed, in seconds since 1970; 0 where that is not known
+    tag : what an object store tells apart contents by (ETag); empty elsewhere
+    """
 
     name: str
     is_folder: bool
     n_bytes: int
     changed_s: float
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,7 @@ class Location:
 
     def absolute(self) -> Location:
         """Return the same place for a process that runs in another folder."""
-        return Location(str(Path(self.url).absolute())) if self.is_local else self
+        return Location(str(Path(self.url).absolute()) if self.is_local else self.url.rstrip("/"))
 
     def exists(self) -> bool:
         """Whether anything lies here."""
@@ -92,7 +100,8 @@ class Location:
         StorageError : the disk is full, the folder may not be written, or storage does not answer.
         """
         with storage_errors(self.parent), self._answering() as (fs, path):
-            fs.makedirs(fs._parent(path), exist_ok=True)
+            if not is_bucket(self.url):  # whose file system would make a bucket of a mistyped name
+                fs.makedirs(fs._parent(path), exist_ok=True)
             if self.is_local:
                 _replace(Path(path), content)
             else:
@@ -100,10 +109,10 @@ class Location:
 
     def read_json(self) -> dict[str, Any]:
         """Return the JSON object here; an empty one where there is no file."""
-        with self._answering() as (fs, path):
-            if not fs.exists(path):
-                return {}
-            content = fs.cat_file(path)
+        try:
+            content = self.read_bytes()
+        except FileNotFoundError:
+            return {}
         try:
             document = json.loads(content)
         except ValueError as error:
@@ -115,6 +124,11 @@ class Location:
         with self._answering() as (fs, path):
             if fs.exists(path):
                 fs.rm(path, recursive=True)
+
+    def delete_file(self) -> None:
+        """Remove the file here, if there is one; an object store is asked once."""
+        with self._answering() as (fs, path), suppress(FileNotFoundError):
+            fs.rm_file(path)
 
     def delete_leftovers(self) -> None:
         """Remove what killed runs left beside this file of writing it."""
@@ -136,21 +150,40 @@ class Location:
         listed = [_entry(each) for each in found if each["name"].rstrip("/") != here]
         return sorted(listed, key=lambda each: each.name)
 
+    def entry(self) -> Entry:
+        """Return what lies here, a file or folder."""
+        with self._answering() as (fs, path):
+            return _entry(fs.info(path))
+
+    def below(self) -> Iterator[Entry]:
+        """Yield the files below this folder, however deep; of an object store a thousand in one answer."""
+        with self._answering() as (fs, path):
+            found = fs.find(path, detail=True)
+        yield from map(_entry, found.values())
+
     @contextmanager
     def _answering(self) -> Iterator[tuple[Any, str]]:
-        """Yield fsspec's file system and path; what a remote store dies of becomes one line."""
+        """Yield fsspec's file system and path; what a remote store dies of becomes one line.
+
+        A file that is not there stays a FileNotFoundError, and what a local disk dies of an OSError.
+        """
         try:
             fs, path = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"a URL must be of a kind that can be opened, got {self.url}: {error}") from error
+            raise StoreError(
+                f"a URL must be of a kind that can be opened, got {self.url}: {error}; s3:// needs haloseg[s3]"
+            ) from error
+        if is_bucket(self.url):
+            knock(self.url)
         try:
             yield fs, path
-        except OSError:
+        except FileNotFoundError:
             raise
         except Exception as error:
-            cause = " ".join(str(error).split())
+            if self.is_local and isinstance(error, OSError):
+                raise
             raise StorageError(
-                f"storage must answer at {self.url}, got {type(error).__name__}: {cause}; mend address or credentials "
+                f"storage must answer at {self.url}, got {told(error)}; mend address or credentials "
                 "and run the same command again"
             ) from error
 
@@ -163,7 +196,7 @@ def _entry(about: dict[str, Any]) -> Entry:
     seconds = changed.timestamp() if isinstance(changed, datetime) else float(changed)
     name = about["name"].rstrip("/").rsplit("/", 1)[-1]
     folder = about["type"] == "directory" or (bool(about.get("islink")) and Path(about["name"]).is_dir())
-    return Entry(name, folder, int(about.get("size") or 0), seconds)
+    return Entry(name, folder, int(about.get("size") or 0), seconds, str(about.get("ETag") or about.get("etag") or ""))
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange, unlabelled
 from pipeline.scans.lazy import LazyScan, damaged
+from pipeline.store.bucket import is_bucket, knock
 from pipeline.store.location import Location
 from pipeline.store.ngff import find_multiscales, spatial_scale_um
 
@@ -65,6 +66,8 @@ def open_zarr(path: str) -> LazyScan:
     ScanError : there is no Zarr, or it holds no single image.
     """
     location = Location(path.rstrip("/"))
+    if is_bucket(path):
+        knock(path)
     try:
         node = zarr.open(str(location), mode="r")
         if isinstance(node, zarr.Array):
@@ -74,6 +77,8 @@ def open_zarr(path: str) -> LazyScan:
             return _plain(ZarrSource(location / _only_array(node, path)), path=path)
         return _ome(location, document, path=path)
     except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        if not location.exists():
+            raise ScanError(f"a scan must exist, got {path}; check the path") from error
         raise damaged(path, cause=f"no readable Zarr ({type(error).__name__}: {error})") from error
 
 
