@@ -7,7 +7,7 @@ Each message is one line that says the rule, the value that was got, and the rem
     │   ├── ArgumentError   a setting breaks a rule; also a ValueError
     │   ├── ScanError       not a scan, damaged, or of a kind that cannot be read
     │   ├── ModelError      not a model file, damaged, or not fit for this image
-    │   ├── StoreError      an image or label volume that is missing, incomplete, or of another run
+    │   ├── StoreError      an image or label volume that is missing, incomplete, or of another run, or a bucket
     │   ├── BudgetError     not even the smallest tile fits the memory budget
     │   └── ClusterError    no scheduler or no worker can be reached
     └── RunError            the run began and did not finish: what was done is kept       (exit code 1)
@@ -39,7 +39,7 @@ class ModelError(InputError):
 
 
 class StoreError(InputError):
-    """An image or label volume is missing, incomplete, or belongs to another run."""
+    """An image or label volume is missing, incomplete, or belongs to another run; or a bucket cannot be used."""
 
 
 class BudgetError(InputError):

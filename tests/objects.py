@@ -6,6 +6,7 @@ import hashlib
 import re
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -26,6 +27,7 @@ def object_server(folder: Path):
     try:
         while not (found := re.search(r"Running on (http://[\d.:]+)", log.read_text())):
             assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
         yield found[1]
     finally:
         process.kill()

@@ -33,6 +33,13 @@ def is_remote_file(path: str) -> bool:
     return "://" in path and PurePosixPath(path.partition("::")[0]).suffix.lower() in _FILES
 
 
+def not_on_disk(path: str) -> ScanError:
+    """Return the error of a scan in one file at a URL."""
+    return ScanError(
+        f"a scan at a URL must be a Zarr, got {path}, which is one file; copy it to a disk and ingest it from there"
+    )
+
+
 def is_tiff(path: str) -> bool:
     """Whether this is a TIFF file, or calls itself one."""
     return _start(path).startswith(_TIFF_MAGIC) or Path(path).suffix.lower() in {".tif", ".tiff", ".svs"}
@@ -59,9 +66,6 @@ def is_slices(path: str) -> bool:
     if folder.is_dir():
         return any(p.suffix.lower() in _PICTURES for p in folder.iterdir())
     return not folder.exists() and glob.has_magic(path)
-
-
-ON_DISK = "a scan at a URL must be a Zarr, got {}, which is one file; copy it to a disk and ingest it from there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def format_of(path: str) -> Format:
     ScanError : nothing is there, or nothing that can be read; the message lists what can.
     """
     if is_remote_file(path):
-        raise ScanError(ON_DISK.format(path))
+        raise not_on_disk(path)
     on_disk = path.partition("::")[0]
     if "://" not in path and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
         raise ScanError(f"a scan must exist, got {path}; check the path")
