@@ -60,6 +60,8 @@ class Mute(MemoryFileSystem):
     def exists(self, path, **options):
         raise RuntimeError("Unable to\nlocate credentials")
 
+    cat_file = exists
+
 
 def test_a_store_that_does_not_answer_is_one_line():
     fsspec.register_implementation("mute", Mute, clobber=True)
