@@ -111,7 +111,7 @@ class Location:
         """Return the JSON object here; an empty one where there is no file."""
         try:
             content = self.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         try:
             document = json.loads(content)

@@ -17,6 +17,12 @@ def test_files_below_a_folder_are_listed_by_their_relative_names(tmp_path):
     assert list(Location(str(tmp_path / "nothing")).files()) == []
 
 
+def test_where_no_json_can_lie_there_is_none(tmp_path):
+    (tmp_path / "scan.tif").write_bytes(b"II*\0")
+    assert Location(str(tmp_path / "scan.tif" / "zarr.json")).read_json() == {}
+    assert Location(str(tmp_path / "nothing" / "zarr.json")).read_json() == {}
+
+
 def test_memory_urls_work_as_folders_do():
     home = Location("memory://haloseg-location")
     (home / "x" / "0").write_bytes(b"abc")
