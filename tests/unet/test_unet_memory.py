@@ -75,7 +75,7 @@ def test_predicted_peak_bounds_the_measured_one(network, tile, engine):
     small = closed_form_rule(network).tile_shape((network.stride,) * network.dims)
     ratio = measured(MEASURE, [network.to_json(), small, tile, engine]) / (peak_bytes(network, tile) - weights(network))
     print(f"measured / predicted = {ratio:.2f}")
-    assert 0.45 < ratio < 1.05  # a bound: it was 0.55 to 0.98
+    assert 0.45 < ratio < 1.05  # a bound: it was 0.59 to 0.97
 
 
 def test_peak_counts_what_waits_for_its_level():
