@@ -83,7 +83,7 @@ def test_predicted_peak_bounds_the_measured_one(network, tile, engine):
     if ratios[0] < 0.45:  # now and then a heap lies better than usual, such as 0.37 once instead of 0.7
         ratios += [ratio(), ratio()]
     print(f"measured / predicted = {ratios}")
-    assert max(ratios) < 1.05  # a bound, every time: it was 0.59 to 0.97
+    assert max(ratios) < 1.05  # a bound, every time: it was 0.49 to 0.95
     assert median(ratios) > 0.45
 
 
