@@ -214,7 +214,7 @@ def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, 
 
 
 def _retried(made: Segmented) -> str:
-    return f"blocks retried: {made.retries.told}" if made.retries.n_blocks else ""
+    return f"blocks retried: {made.retries.told}" if made.retries.told else ""
 
 
 def _end(archive: Archive, table: Table) -> State[Any]:

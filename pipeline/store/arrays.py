@@ -1,8 +1,8 @@
 """Sharded Zarr v3 arrays as haloseg writes them, and whole shards written once.
 
 Two writers in one shard would lose data in silence (measured on zarr 3.1.6). So one block writes one whole shard: it is
-encoded in memory, by tensorstore, in about half the time that zarr-python takes, and put in its place at once, zeros
-too, when it is on disk. A shard that exists is therefore done, after a power cut as well.
+encoded in memory by tensorstore, and put in its place at once when it is on disk, zeros too: 1.3 to 2.4 times as fast
+as zarr-python writes it, which does not wait for the disk. A shard that exists is therefore done.
 """
 
 from __future__ import annotations

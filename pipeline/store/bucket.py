@@ -30,11 +30,15 @@ def is_bucket(url: str) -> bool:
 def knock(url: str) -> None:
     """Ask the bucket of a URL for a name that begins as the URL does, unless it has answered this process before.
 
+    Any other URL is let pass.
+
     Raises
     ------
     StoreError : there is no such bucket, or this process is not let in.
     StorageError : nobody answers.
     """
+    if not is_bucket(url):
+        return
     root = "/".join(url.split("/", 3)[:3])
     if root in _ANSWERED:
         return

@@ -173,8 +173,7 @@ class Location:
             raise StoreError(
                 f"a URL must be of a kind that can be opened, got {self.url}: {error}; s3:// needs haloseg[s3]"
             ) from error
-        if is_bucket(self.url):
-            knock(self.url)
+        knock(self.url)
         try:
             yield fs, path
         except FileNotFoundError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange, unlabelled
 from pipeline.scans.lazy import LazyScan, damaged
-from pipeline.store.bucket import is_bucket, knock
+from pipeline.store.bucket import knock
 from pipeline.store.location import Location
 from pipeline.store.ngff import find_multiscales, spatial_scale_um
 
@@ -66,8 +66,7 @@ def open_zarr(path: str) -> LazyScan:
     ScanError : there is no Zarr, or it holds no single image.
     """
     location = Location(path.rstrip("/"))
-    if is_bucket(path):
-        knock(path)
+    knock(path)
     try:
         node = zarr.open(str(location), mode="r")
         if isinstance(node, zarr.Array):
