@@ -172,7 +172,8 @@ class OneDnnEngine(Engine):
     oneDNN fills its vectors with output channels. Where these are fewer than the vector's lanes, neighbouring voxels
     along the last axis become channels: a kernel shifted once for each, wider by as many voxels, and a step as wide.
     With channels last the result lies in memory as the plain one does (1.3 to 1.6 times faster, measured for 4 and 8
-    channels in 3-D).
+    channels in 3-D). The two voxels that an up-convolution makes of one along the last axis are channels likewise, with
+    the same bits (1.1 to 2.1 times faster; torch itself does not ask oneDNN for 3-D ones in float32: 2 to 6 times).
     """
 
     def __init__(self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
@@ -189,14 +190,25 @@ class OneDnnEngine(Engine):
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, list(padding or (0,) * n), [1] * (n - 1) + [n_packed], [1] * n, 1, relu, [], ""
         )
-        if n_packed == 1:
-            return y
-        y = y.movedim(1, -1)
-        return y.reshape(*y.shape[:-2], y.shape[-2] * n_packed, layer.out).movedim(-1, 1)
+        return _unpacked(y, n_packed)
+
+    def up(self, at: int, x: Tensor) -> Tensor:
+        """Return the finer resolution."""
+        if self.settings.up is Upsampling.RESIZE:
+            return super().up(at, x)
+        weight, bias = self._parameters[at]
+        *steps, last = self.ordered(self._layer(at, Up).factor)
+        n, transposed = self.dims, torch.ops.mkldnn._convolution_transpose_pointwise
+        y: Tensor = transposed(x, weight, bias, [0] * n, [0] * n, [*steps, 1], [1] * n, 1, "none", [], "")
+        return _unpacked(y, last)
 
     def _prepared(self, at: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = super()._prepared(at, weight, bias)
         layer = self.chain[at]
+        if isinstance(layer, Up) and self.settings.up is Upsampling.TRANSPOSED:
+            n_packed = weight.shape[-1]
+            weight = weight.movedim(-1, 1).flatten(1, 2).unsqueeze(-1).contiguous(memory_format=self.memory_format)
+            return weight, None if bias is None else bias.repeat(n_packed)
         if not isinstance(layer, Conv):
             return weight, bias
         n_packed = _LANES // layer.out if _LANES % layer.out == 0 else 1
@@ -214,6 +226,14 @@ class OneDnnEngine(Engine):
         steps = [1] * (n - 1) + [step]
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0] * n, steps, [1] * n, 1, [])
         return packed
+
+
+def _unpacked(y: Tensor, n_packed: int) -> Tensor:
+    """Return neighbouring voxels along the last axis, which are channels of y one after another, as voxels again."""
+    if n_packed == 1:
+        return y
+    y = y.movedim(1, -1)
+    return y.reshape(*y.shape[:-2], y.shape[-2] * n_packed, y.shape[-1] // n_packed).movedim(-1, 1)
 
 
 def make_engine(network: UNet, *, device: str, precision: Precision = Precision.FLOAT32, first: int = 0) -> Engine:
