@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.plan import Plan, streaming_of
 from pipeline.unet.calibrate import rows_per_s
-from pipeline.unet.engine import make_engine
+from pipeline.unet.engines import make_engine
 from pipeline.unet.model import build_unet
 
 

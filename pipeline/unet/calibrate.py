@@ -6,7 +6,8 @@ from time import perf_counter
 
 import torch
 
-from pipeline.unet.engine import Engine, keep_freed_memory
+from pipeline.unet.engine import Engine
+from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.streaming import Stream
 
 

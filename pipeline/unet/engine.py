@@ -6,27 +6,20 @@ streamed axis comes first, so that a stream's rows lie one after another in memo
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config import Precision
 from pipeline.unet.families import chain_of
 from pipeline.unet.layers import Activate, Axes, Chain, Conv, Interpolate, Layer, Pool, Stride, Up
 from pipeline.unet.network import UNet, channels_last, pooled
 from pipeline.unet.passes import combined, interpolated, run
 from pipeline.unet.settings import Padding, Upsampling
 
-# float32 lanes of an AVX-512 vector; oneDNN rounds the channels of a convolution's output up to them
-_LANES = 16
 L = TypeVar("L", bound=Layer)
-_DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 class Engine:
@@ -166,88 +159,6 @@ class Engine:
         return weight, None if bias is None else bias.to(self.device, self.dtype)
 
 
-class OneDnnEngine(Engine):
-    """The layers on a CPU by oneDNN, its weights laid out once and ReLU fused: what torch's own compiler calls.
-
-    oneDNN fills its vectors with output channels. Where these are fewer than the vector's lanes, neighbouring voxels
-    along the last axis become channels: a kernel shifted once for each, wider by as many voxels, and a step as wide.
-    With channels last the result lies in memory as the plain one does (1.3 to 1.6 times faster, measured for 4 and 8
-    channels in 3-D). The two voxels that an up-convolution makes of one along the last axis are channels likewise, with
-    the same bits (1.1 to 2.1 times faster; torch itself does not ask oneDNN for 3-D ones in float32: 2 to 6 times).
-    """
-
-    def __init__(self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
-        self._packed: dict[int, tuple[int, Tensor, Tensor]] = {}
-        super().__init__(network, device=device, dtype=dtype, first=first)
-
-    def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
-        """Return the output of the convolution at this place of the chain, and of its ReLU."""
-        layer = self._layer(at, Conv)
-        n_packed, weight, bias = self._packed.get(at, (1, *self._parameters[at]))
-        if n_packed > 1 and (any(padding) or (x.shape[-1] - 2 * self.ordered(layer.reach)[-1]) % n_packed):
-            n_packed, (weight, bias) = 1, self._parameters[at]
-        n, relu = self.dims, "relu" if layer.relu else "none"
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, list(padding or (0,) * n), [1] * (n - 1) + [n_packed], [1] * n, 1, relu, [], ""
-        )
-        return _unpacked(y, n_packed)
-
-    def up(self, at: int, x: Tensor) -> Tensor:
-        """Return the finer resolution."""
-        if self.settings.up is Upsampling.RESIZE:
-            return super().up(at, x)
-        weight, bias = self._parameters[at]
-        *steps, last = self.ordered(self._layer(at, Up).factor)
-        n, transposed = self.dims, torch.ops.mkldnn._convolution_transpose_pointwise
-        y: Tensor = transposed(x, weight, bias, [0] * n, [0] * n, [*steps, 1], [1] * n, 1, "none", [], "")
-        return _unpacked(y, last)
-
-    def _prepared(self, at: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super()._prepared(at, weight, bias)
-        layer = self.chain[at]
-        if isinstance(layer, Up) and self.settings.up is Upsampling.TRANSPOSED:
-            n_packed = weight.shape[-1]
-            weight = weight.movedim(-1, 1).flatten(1, 2).unsqueeze(-1).contiguous(memory_format=self.memory_format)
-            return weight, None if bias is None else bias.repeat(n_packed)
-        if not isinstance(layer, Conv):
-            return weight, bias
-        n_packed = _LANES // layer.out if _LANES % layer.out == 0 else 1
-        reach = self.ordered(layer.reach)[-1]
-        if n_packed > 1 and reach and bias is not None:
-            kernel = 2 * reach + 1
-            wide = weight.new_zeros((n_packed, *weight.shape[:-1], kernel + n_packed - 1))
-            for shift in range(n_packed):
-                wide[shift, ..., shift : shift + kernel] = weight
-            self._packed[at] = (n_packed, self._laid_out(wide.flatten(0, 1), n_packed), bias.repeat(n_packed))
-        return self._laid_out(weight, 1), bias
-
-    def _laid_out(self, weight: Tensor, step: int) -> Tensor:
-        n, weight = self.dims, weight.contiguous(memory_format=self.memory_format)
-        steps = [1] * (n - 1) + [step]
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0] * n, steps, [1] * n, 1, [])
-        return packed
-
-
-def _unpacked(y: Tensor, n_packed: int) -> Tensor:
-    """Return neighbouring voxels along the last axis, which are channels of y one after another, as voxels again."""
-    if n_packed == 1:
-        return y
-    y = y.movedim(1, -1)
-    return y.reshape(*y.shape[:-2], y.shape[-2] * n_packed, y.shape[-1] // n_packed).movedim(-1, 1)
-
-
-def make_engine(network: UNet, *, device: str, precision: Precision = Precision.FLOAT32, first: int = 0) -> Engine:
-    """Return the fastest engine for a network on a device."""
-    kind = OneDnnEngine if device == "cpu" and _has_onednn() else Engine
-    return kind(network, device=device, dtype=_DTYPES.get(precision, torch.float32), first=first)
-
-
-@cache
-def _has_onednn() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
 def _folded(convolution: Any, norm: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401 modules of either dimension
     """Return weight and bias, float64, of a convolution and the frozen normalisation after it as one convolution."""
     weight = convolution.weight.detach().double()
@@ -263,19 +174,3 @@ def _scaling(norm: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 modules of eit
     """Return the frozen normalisation as factor and summand of each channel, float64."""
     scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
     return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Keep the memory of freed activations in this process, so that the kernel need not hand it out page by page.
-
-    Page faults cost up to 1.7 times on large activations (measured, glibc). Returns whether the allocator can do it.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        set_option = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    return bool(set_option(mmap_max, 0) & set_option(trim_threshold, 2**31 - 1) & set_option(top_pad, 64 << 20))

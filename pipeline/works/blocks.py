@@ -23,7 +23,7 @@ from pipeline.store.arrays import open_array, shard_location, write_shard
 from pipeline.store.image import open_image
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
-from pipeline.unet.engine import keep_freed_memory, make_engine
+from pipeline.unet.engines import keep_freed_memory, make_engine
 from pipeline.unet.model import Model, build, build_unet, load_model
 from pipeline.unet.numbers import Windows
 from pipeline.unet.predict import Predictor

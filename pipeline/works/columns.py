@@ -22,7 +22,8 @@ from pipeline.geometry.rows import MirroredRows
 from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
 from pipeline.unet.device import peak_device_bytes
-from pipeline.unet.engine import Engine, make_engine
+from pipeline.unet.engine import Engine
+from pipeline.unet.engines import make_engine
 from pipeline.unet.model import build_unet
 from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
 

@@ -11,7 +11,7 @@ from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Precision
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
-from pipeline.unet.engine import keep_freed_memory, make_engine
+from pipeline.unet.engines import keep_freed_memory, make_engine
 from pipeline.unet.numbers import widened
 
 _TILE_CORE = {2: 512, 3: 64}

@@ -105,7 +105,7 @@ import json, sys
 import torch
 from peaks import grown
 from pipeline.config import Precision
-from pipeline.unet.engine import keep_freed_memory, make_engine
+from pipeline.unet.engines import keep_freed_memory, make_engine
 from pipeline.unet.network import UNet, classes_of
 from pipeline.unet.settings import UNetSettings
 from pipeline.unet.streaming import Stream

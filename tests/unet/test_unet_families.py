@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
-from pipeline.unet.engine import make_engine
+from pipeline.unet.engines import make_engine
 from pipeline.unet.families import chain_of, name_of
 from pipeline.unet.layers import spans
 from pipeline.unet.network import UNet

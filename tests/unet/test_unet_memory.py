@@ -37,7 +37,8 @@ import json, sys
 import numpy as np, torch
 from peaks import grown
 from pipeline.unet.network import UNet, channels_last
-from pipeline.unet.engine import OneDnnEngine, keep_freed_memory
+from pipeline.unet.engines import keep_freed_memory
+from pipeline.unet.onednn import OneDnnEngine
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import UNetSettings, closed_form_rule
 

@@ -167,7 +167,7 @@ MEASURE = """
 import json, sys
 import numpy as np
 from peaks import grown
-from pipeline.unet.engine import keep_freed_memory
+from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.model import build, load_model
 from pipeline.unet.predict import Predictor
 

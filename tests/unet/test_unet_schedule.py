@@ -13,7 +13,8 @@ from test_unet_streaming import check_a_stream_of_any_part, noise, streamed, who
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.unet.columns import Columns
-from pipeline.unet.engine import Engine, make_engine
+from pipeline.unet.engine import Engine
+from pipeline.unet.engines import make_engine
 from pipeline.unet.families import chain_of
 from pipeline.unet.layers import Conv, Gate, Join, Sum, parts
 from pipeline.unet.schedule import Ring, schedule_of

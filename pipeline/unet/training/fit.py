@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
-from pipeline.unet.engine import keep_freed_memory
+from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.settings import UNetSettings
 from pipeline.unet.training.batches import batches, network_seed
 from pipeline.unet.training.checkpoint import Checkpoint, CheckpointFile
