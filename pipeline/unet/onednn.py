@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.unet.engine import Engine
-from pipeline.unet.layers import Axes, Conv, Up
+from pipeline.unet.layers import Axes, Conv, Stride, Up
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Upsampling
 
@@ -61,6 +61,16 @@ class OneDnnEngine(Engine):
         )
         return _without_neighbours(y, n_packed)
 
+    def strided(self, at: int, x: Tensor) -> Tensor:
+        """Return the coarser resolution, of a convolution without overlap and its ReLU."""
+        layer, n = self._layer(at, Stride), self.dims
+        weight, bias = self._parameters[at]
+        steps, relu = list(self.ordered(layer.factor)), "relu" if layer.relu else "none"
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, [0] * n, steps, [1] * n, 1, relu, [], ""
+        )
+        return y
+
     def up(self, at: int, x: Tensor) -> Tensor:
         """Return the finer resolution."""
         if self.settings.up is Upsampling.RESIZE:
@@ -78,11 +88,13 @@ class OneDnnEngine(Engine):
             n_packed = weight.shape[-1]
             weight = weight.movedim(-1, 1).flatten(1, 2).unsqueeze(-1).contiguous(memory_format=self.memory_format)
             return weight, None if bias is None else bias.repeat(n_packed)
+        if isinstance(layer, Stride):
+            return self._laid_out(weight, self.ordered(layer.factor)), bias
         if not isinstance(layer, Conv):
             return weight, bias
         if self.ordered(layer.reach)[-1] and bias is not None:
             self._pack(at, weight, bias)
-        return self._laid_out(weight, 1), bias
+        return self._laid_out(weight, (1,) * self.dims), bias
 
     def _pack(self, at: int, weight: Tensor, bias: Tensor) -> None:
         """Keep a convolution's weights for neighbouring voxels as channels, where that is faster."""
@@ -98,12 +110,12 @@ class OneDnnEngine(Engine):
         if in_pairs:  # an odd kernel is as wide as its pairs
             wide = wide.reshape(*wide.shape[:-1], -1, n).movedim(-1, 1).flatten(1, 2)
         step = 1 if in_pairs else n
-        self._packed[at] = _Packed(n, step, self._laid_out(wide, step), bias.repeat(n))
+        steps = (*(1,) * (self.dims - 1), step)
+        self._packed[at] = _Packed(n, step, self._laid_out(wide, steps), bias.repeat(n))
 
-    def _laid_out(self, weight: Tensor, step: int) -> Tensor:
+    def _laid_out(self, weight: Tensor, steps: Axes) -> Tensor:
         n, weight = self.dims, weight.contiguous(memory_format=self.memory_format)
-        steps = [1] * (n - 1) + [step]
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0] * n, steps, [1] * n, 1, [])
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0] * n, list(steps), [1] * n, 1, [])
         return packed
 
 

@@ -20,7 +20,7 @@ from pipeline.unet.cost import bare_multiply_adds, stream_bytes
 from pipeline.unet.engine import Engine
 from pipeline.unet.families import chain_of
 from pipeline.unet.schedule import schedule_of
-from pipeline.unet.settings import Block, Family, Padding, UNetSettings
+from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings
 
 
 def streaming(shape, shard, network, *, chunk=None, voxel_bytes=2):
@@ -134,14 +134,14 @@ print(grown(lambda: run(large)))
         (UNetSettings(dims=3, width=16, depth=3, padding=Padding.SAME), "float32", 16, (16, 8, 8), (48, 160, 160)),
         (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME), "bf16", 8, (16, 8, 8), (32, 300, 300)),
         (replace(THICK, width=16, batch_norm=True), "float32", 8, (8, 8, 8), (24, 200, 200)),
-        (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL),
-         "float32", 8, (8, 8, 8), (32, 192, 192)),
+        (UNetSettings(dims=3, width=8, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL,
+                      down=Down.STRIDED), "float32", 8, (8, 8, 8), (32, 192, 192)),
         (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True, attention=True),
          "float32", 64, (64, 16), (256, 4096)),
         (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.NESTED, deep_supervision=True),
          "float32", 32, (64, 16), (256, 4096)),
     ],
-    ids=["2-D same", "2-D valid", "3-D", "3-D bf16", "3-D thick slices", "residual", "attention", "U-Net++"],
+    ids=["2-D same", "2-D valid", "3-D", "3-D bf16", "3-D thick slices", "residual, strided", "attention", "U-Net++"],
 )  # fmt: skip
 def test_the_memory_of_a_stream_is_predicted_within_15_percent(network, precision, slab, small, large):
     cross = tuple((0, n) for n in large[1:])
