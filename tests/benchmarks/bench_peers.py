@@ -3,11 +3,13 @@
 Every row runs in a process of its own, in interleaved rounds. Seconds are medians; imports and loading the network do
 not count. CPU seconds, of all threads, tell how far other work on the machine has slowed a row down. Memory is the
 highest resident memory during the run above that right before it. The truth is one forward pass over the whole mirrored
-scan; classes count where its two most probable ones differ by more than rounding does. Scans, models and truths stay in
-build/bench/peers for the next run. Writes build/bench/peers.json.
+scan; classes count where its two most probable ones differ by more than rounding does. ``matrix_share`` is the scan's
+own arithmetic, without any halo, per second, of what a large product of matrices in this precision reaches on the
+device. Scans, models and truths stay in build/bench/peers for the next run. Writes build/bench/peers.json.
 Needs the extra ``bench``.
 
     python tests/benchmarks/bench_peers.py [--quick] [--cases "3-D 256;2-D 4096"] [--schemes "MONAI;dask"] [--rounds 3]
+        [--device cpu|cuda]
 """
 
 import argparse
@@ -31,7 +33,10 @@ from peers import PEERS, Job
 from volumes import model_file, scan_file, whole_scan
 
 from pipeline.ingest import ingest
+from pipeline.unet.cost import bare_multiply_adds
+from pipeline.unet.device import peak_device_bytes
 from pipeline.unet.model import load_model
+from pipeline.unet.numbers import exactly
 from pipeline.unet.settings import Padding, UNetSettings
 
 FOLDER = Path("build/bench")
@@ -46,7 +51,7 @@ def _case(dims, size, *, width, depth):
 
 CASES = dict([
     _case(2, 4096, width=16, depth=4), _case(2, 2048, width=64, depth=4),
-    _case(3, 256, width=8, depth=3), _case(3, 192, width=16, depth=3),
+    _case(3, 256, width=8, depth=3), _case(3, 256, width=16, depth=3),
 ])  # fmt: skip
 QUICK = dict([_case(2, 1024, width=16, depth=4), _case(3, 96, width=8, depth=3)])
 
@@ -66,9 +71,10 @@ def make(case):
     np.save(job.folder / "truth.npy", whole_scan(voxels[None], job.model, image.statistics))
 
 
-def run_row(case, scheme):
+def run_row(case, scheme, device):
     """Run one scheme in this process and return its seconds, its memory and how far its probabilities are off."""
-    job = Job(folder_of(case), (CASES | QUICK)[case][1].dims)
+    shape, settings = (CASES | QUICK)[case]
+    job = Job(folder_of(case), settings.dims, device)
     if Path(job.classes).is_symlink():
         Path(job.classes).unlink()
     shutil.rmtree(job.classes, ignore_errors=True)
@@ -76,16 +82,32 @@ def run_row(case, scheme):
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew, proc_pid_clear_refs(5)
     begin, cpu = time.perf_counter(), time.process_time()
-    logits = run()
+    told = run()
     seconds, cpu, peak = time.perf_counter() - begin, time.process_time() - cpu, _resident("VmHWM")
+    matrices = 2 * bare_multiply_adds(settings, shape) / seconds
     row = {
         "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_mib": round((peak - before) / 1024),
-        "max_difference": None,
+        "device_mib": round(peak_device_bytes(device) / 2**20), "idle_share": None,
+        "matrix_share": round(matrices / matrix_rate(SCHEMES[scheme].precision, device), 4), "max_difference": None,
     }  # fmt: skip
-    if logits is not None:
-        likely, truth = logits[0].float().softmax(dim=0).numpy(), np.load(job.folder / "truth.npy", mmap_mode="r")
+    if isinstance(told, dict):
+        return row | told
+    if told is not None:
+        likely, truth = told[0].float().softmax(dim=0).cpu().numpy(), np.load(job.folder / "truth.npy", mmap_mode="r")
         row["max_difference"] = max(float(np.abs(a - b).max()) for a, b in zip(likely, truth, strict=True))
     return row
+
+
+def matrix_rate(precision, device):
+    """Return the floating-point operations per second of the best of some large products of matrices."""
+    n = 8192 if device == "cuda" else 2048
+    a, times = torch.randn(n, n, dtype=torch.bfloat16 if "bf16" in precision else torch.float32, device=device), []
+    with exactly(tf32="tf32" in precision):
+        for _ in range(5):
+            begin = time.perf_counter()
+            float((a @ a)[0, 0])  # waits for the device
+            times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
 
 
 def _resident(field):
@@ -120,14 +142,14 @@ def in_process(task, *, threads):
     return json.loads(done.stdout.splitlines()[-1])  # peers print lines of their own before
 
 
-def measure(case, schemes, *, rounds, threads):
+def measure(case, schemes, *, device, rounds, threads):
     job = Job(folder_of(case), (CASES | QUICK)[case][1].dims)
     if not (job.folder / "truth.npy").exists() and in_process({"case": case}, threads=threads) is None:
         sys.exit(f"{case}: no truth")
     runs, shares = {name: [] for name in schemes}, {}
     for _ in range(rounds):
         for name in list(runs):
-            run = in_process({"case": case, "scheme": name}, threads=threads)
+            run = in_process({"case": case, "scheme": name, "device": device}, threads=threads)
             if run is None:
                 del runs[name]
                 continue
@@ -137,10 +159,11 @@ def measure(case, schemes, *, rounds, threads):
     return [
         {
             "case": case, "scheme": name, "engine": SCHEMES[name].engine, "precision": SCHEMES[name].precision,
-            "seconds": statistics.median(run["seconds"] for run in done),
+            "device": device, "seconds": statistics.median(run["seconds"] for run in done),
             "cpu_seconds": statistics.median(run["cpu_seconds"] for run in done),
-            "peak_mib": max(run["peak_mib"] for run in done), "max_difference": done[-1]["max_difference"],
-        } | shares[name] for name, done in runs.items()
+            "peak_mib": max(run["peak_mib"] for run in done),
+        } | {name: done[-1][name] for name in ("device_mib", "idle_share", "matrix_share", "max_difference")}
+        | shares[name] for name, done in runs.items()
     ]  # fmt: skip
 
 
@@ -171,6 +194,7 @@ def main():
     parser.add_argument("--skip-slow", action="store_true", help="without those that compute voxels several times")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--base", default="MONAI default", help="the scheme that ratios are to")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -179,9 +203,13 @@ def main():
         answer = run_row(**args.row) if "scheme" in args.row else make(args.row["case"])
         print(json.dumps(answer or {}))
         return
-    schemes = [name for name in chosen(SCHEMES, args.schemes) if not (args.skip_slow and SCHEMES[name].is_slow)]
+    schemes = [
+        name for name in chosen(SCHEMES, args.schemes)
+        if args.device in SCHEMES[name].devices and not (args.skip_slow and SCHEMES[name].is_slow)
+    ]  # fmt: skip
     cases = chosen(QUICK if args.quick else CASES, args.cases)
-    rows = [row for case in cases for row in measure(case, schemes, rounds=args.rounds, threads=args.threads)]
+    about = {"device": args.device, "rounds": args.rounds, "threads": args.threads}
+    rows = [row for case in cases for row in measure(case, schemes, **about)]
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "peers.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows, base=args.base) if rows else "")

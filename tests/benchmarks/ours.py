@@ -29,8 +29,10 @@ def ours(job, *, tiled=False, probabilities=False, **settings):
         settings["tile"] = plan().model.rule.tile_shape(core)
 
     def run():
-        segment(plan(scheme=config.Scheme(budget_bytes=2**32, **settings)), run=run_serial)
+        scheme = config.Scheme(budget_bytes=2**32, device=job.device, **settings)
+        done = segment(plan(scheme=scheme), run=run_serial)
         Path(job.classes).symlink_to((labels / "0").absolute(), target_is_directory=True)
+        return {"idle_share": round(done.idle_share, 4)}
 
     return run
 
@@ -41,15 +43,16 @@ def bare(job, *, precision):
     engines = {}
 
     def infer(network, x):
-        engine = engines.setdefault("one", make_engine(network, device="cpu", precision=precision))
+        engine = engines.setdefault("one", make_engine(network, device=job.device, precision=precision))
         return widened(engine(x.to(engine.dtype).contiguous(memory_format=engine.memory_format)))
 
     return in_memory(job, infer)
 
 
-F32, BF16 = Precision.FLOAT32, Precision.BF16
+F32, TF32, BF16 = Precision.FLOAT32, Precision.TF32, Precision.BF16
 OURS = {
     "ours, columns": Scheme(partial(ours, precision=F32), "fused"),
+    "ours, columns tf32": Scheme(partial(ours, precision=TF32), "fused", "tf32", devices=("cuda",)),
     "ours, columns bf16": Scheme(partial(ours, precision=BF16), "fused", "bf16"),
     "ours, tiles": Scheme(partial(ours, tiled=True, precision=F32), "fused"),
     "ours, reference tiles": Scheme(partial(ours, tiled=True, engine=EngineName.REFERENCE), "reference"),

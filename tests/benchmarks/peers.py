@@ -1,7 +1,8 @@
 """How others run a network over a scan that is larger than one forward pass: one function per scheme.
 
 Each function imports its library and loads the network, and returns what is then timed: from the image on disk to the
-classes on disk. That returns logits of shape (1, classes, *spatial) where the scheme has them in memory, or None.
+classes on disk. That returns logits of shape (1, classes, *spatial) where the scheme has them in memory, what else it
+tells of the run, in a dictionary, or None.
 All get the same image, the same intensity window and the same network module with the same weights.
 """
 
@@ -28,10 +29,11 @@ _BLOCK = {2: 512, 3: 128}  # the most for torch-em's: of a size that the halo do
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: ``folder`` holds the case's image and model, and gets the classes."""
+    """One run on a device, "cpu" or "cuda": ``folder`` holds the case's image and model, and gets the classes."""
 
     folder: Path
     dims: int
+    device: str = "cpu"
 
     @property
     def image(self) -> str:
@@ -48,18 +50,22 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """``prepare`` takes a Job and returns what is timed; ``is_slow`` if it computes most voxels four times or more."""
+    """``prepare`` takes a Job and returns what is timed; ``is_slow`` if it computes most voxels four times or more.
 
-    prepare: Callable[[Job], Callable[[], torch.Tensor | None]]
+    What says float32 is in cuDNN's TF32 on a GPU, where torch is left as it comes, but ours.
+    """
+
+    prepare: Callable[[Job], Callable[[], torch.Tensor | dict[str, float] | None]]
     engine: str = "eager"
     precision: str = "float32"
     is_slow: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def load(job):
     """Return the model, and its network in torch's usual memory format, as those who use these libraries have it."""
     model = load_model(job.model)
-    return model, build(model, "cpu").to(memory_format=torch.contiguous_format)
+    return model, build(model, job.device).to(memory_format=torch.contiguous_format)
 
 
 def open_scan(job, model):
@@ -88,10 +94,10 @@ def in_memory(job, infer):
 
     def run():
         array, normalised = open_scan(job, model)
-        x = torch.from_numpy(normalised(array[...])[None])
+        x = torch.from_numpy(normalised(array[...])[None]).to(job.device)
         with torch.inference_mode():
             logits = infer(network, x)
-            classes = logits.argmax(dim=1)[0].to(torch.uint8).numpy()
+            classes = logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
         create_classes(job, array)[...] = classes
         return logits
 
@@ -131,6 +137,19 @@ def monai_channels_last(job):
     return in_memory(job, infer)
 
 
+def monai_bf16(job):
+    """MONAI's default in the precision that torch's autocast gives it."""
+    from monai.inferers import sliding_window_inference
+
+    patch = (_PATCH[job.dims],) * job.dims
+
+    def infer(network, x):
+        with torch.autocast(job.device, torch.bfloat16):
+            return sliding_window_inference(x, patch, 1, network)
+
+    return in_memory(job, infer)
+
+
 def monai_gaussian(job):
     return monai(job, overlap=0.5, mode="gaussian")
 
@@ -143,8 +162,8 @@ def nnunet(job):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
-        tile_step_size=0.5, use_gaussian=True, use_mirroring=False, perform_everything_on_device=False,
-        device=torch.device("cpu"), allow_tqdm=False,
+        tile_step_size=0.5, use_gaussian=True, use_mirroring=False,
+        perform_everything_on_device=job.device != "cpu", device=torch.device(job.device), allow_tqdm=False,
     )  # fmt: skip
     predictor.configuration_manager = SimpleNamespace(patch_size=(_PATCH[job.dims],) * job.dims)
 
@@ -174,7 +193,8 @@ def dask_overlap(job):
 
         def classes_of(voxels):
             with torch.inference_mode():
-                return network(torch.from_numpy(normalised(voxels))[None])[0].argmax(dim=0, keepdim=True).byte().numpy()
+                logits = network(torch.from_numpy(normalised(voxels))[None].to(job.device))[0]
+                return logits.argmax(dim=0, keepdim=True).byte().cpu().numpy()
 
         scan = da.from_zarr(array, chunks=(1, *(_CHUNK[job.dims],) * job.dims))
         classes = da.map_overlap(
@@ -197,7 +217,7 @@ def torch_em(job):
         # the fewest blocks of at most this size, all alike: torch-em computes whole blocks even where the scan ends
         block = tuple(-(-n // -(-n // _BLOCK[job.dims])) for n in array.shape[1:])
         predict(
-            array, network, ["cpu"], block, model.rule.halo, create_classes(job, array),
+            array, network, ["cpu" if job.device == "cpu" else 0], block, model.rule.halo, create_classes(job, array),
             preprocess=normalised, postprocess=lambda logits: logits.argmax(axis=0).astype(np.uint8),
             with_channels=True, disable_tqdm=True,
         )  # fmt: skip
@@ -224,6 +244,7 @@ PEERS = {
     "MONAI default": Scheme(monai_default),
     "MONAI default, its examples' window": Scheme(monai_examples),
     "MONAI default, channels last": Scheme(monai_channels_last),
+    "MONAI default, bf16 autocast": Scheme(monai_bf16, precision="bf16"),
     "MONAI 0.5 Gaussian": Scheme(monai_gaussian, is_slow=True),
     "nnU-Net predictor": Scheme(nnunet, precision="float32, sums float16", is_slow=True),
     "dask map_overlap": Scheme(dask_overlap),
