@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from time import perf_counter
@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.config import Precision
 from pipeline.curves import CurvesFile
 from pipeline.learning import learning
 from pipeline.lesson import Lesson, open_lesson
@@ -21,7 +22,7 @@ from pipeline.store.image import Image
 from pipeline.store.labels import Labels
 from pipeline.store.location import Location
 from pipeline.store.shelf import called, to_be_written
-from pipeline.unet.device import pick_device
+from pipeline.unet.device import has_bf16, pick_device
 from pipeline.unet.model import Model, build_unet, save_model
 from pipeline.unet.settings import closed_form_rule
 from pipeline.unet.training.board import board
@@ -55,7 +56,8 @@ class TrainResult:
         """Return the result as a JSON object."""
         per_class = zip(self.model.classes, self.model.class_values, self.best.dice, strict=True)
         reached = {
-            "model": self.path, "sha256": self.model.digest, "steps": self.n_steps,
+            "model": self.path, "sha256": self.model.digest, "precision": self.model.training["recipe"]["precision"],
+            "steps": self.n_steps,
             "steps_before": self.n_before, "wall_s": self.wall_s,
             "best_step": self.best.step, "validation_loss": self.best.loss,
             "parameters": sum(t.numel() for name, t in self.model.weights.items() if not name.endswith(_STATISTICS)),
@@ -97,7 +99,7 @@ def train(
         written.
     RunError : the training failed; no model was written.
     """
-    begin, recipe = perf_counter(), recipe or usual_recipe(targets)
+    begin, recipe = perf_counter(), _on(device, recipe or usual_recipe(targets))
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
     settings, source = lesson.settings, _source(lesson, recipe=recipe, seed=seed, device=device)
     n = processes_for(device, asked=processes, n_patches=recipe.batch_size(settings.dims))
@@ -152,6 +154,11 @@ def command(args: Namespace, *, console: Console) -> dict[str, Any]:
             tensorboard=args.tensorboard, on_progress=watch.validated, on_step=watch.took,
         )
     return result.to_json()
+
+
+def _on(device: str, recipe: Recipe) -> Recipe:
+    """Return a recipe with the precision that it takes on a device."""
+    return replace(recipe, precision=recipe.precision or (Precision.BF16 if has_bf16(device) else Precision.FLOAT32))
 
 
 def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import imagecodecs
@@ -19,6 +20,7 @@ import torch
 
 from pipeline import cli
 from pipeline.compute.runner import run_serial
+from pipeline.config import Precision
 from pipeline.errors import ArgumentError, RunError, StoreError
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.lesson import open_lesson
@@ -26,6 +28,7 @@ from pipeline.plan import plan_segment
 from pipeline.segment import segment
 from pipeline.store.image import open_image
 from pipeline.train import train
+from pipeline.unet.device import has_bf16
 from pipeline.unet.model import load_model
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.batches import draw_batch
@@ -95,7 +98,10 @@ def test_the_record_tells_what_the_model_was_made_from(slide, tmp_path):
     record = load_model(tmp_path / "m").training
     about = record["images"][0]
     assert record["processes"] == 1
-    assert record["recipe"] == json.loads(json.dumps(recipe.to_json()))
+    cpu = Path("/proc/cpuinfo")  # an oracle of its own; where there is none, torch is believed
+    flags = cpu.read_text().split() if cpu.exists() else ["avx512_bf16"] * has_bf16("cpu")
+    taken = Precision.BF16 if {"avx512_bf16", "amx_bf16"}.intersection(flags) else Precision.FLOAT32
+    assert record["recipe"] == json.loads(json.dumps(replace(recipe, precision=taken).to_json()))
     assert (record["seed"], record["steps"], len(record["curve"])) == (7, 2, 2)
     assert (about["image"], about["labels"], about["shape"]) == ("a.zarr", "truth", [160, 144])
     assert about["held_out"] == {"start": [128, 0], "stop": [160, 144]}
@@ -120,14 +126,16 @@ def test_images_that_are_held_out_are_validated_on_whole_and_not_learnt_from(sli
         train([slide], labels="truth", model=str(tmp_path / "o"), recipe=recipe, held_out=[other, slide])
 
 
-def test_the_same_seed_makes_the_same_file(slide, tmp_path):
-    recipe = replace(RECIPE, steps=3)
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BF16])
+def test_the_same_seed_makes_the_same_file(slide, tmp_path, precision):
+    recipe = replace(RECIPE, steps=3, precision=precision)
     paths = [tmp_path / name for name in "abc"]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
         train([slide], labels="truth", model=str(path), recipe=recipe, seed=seed)
     first, again, other = (path.read_bytes() for path in paths)
     assert first == again
     assert first != other
+    assert load_model(paths[0]).training["recipe"]["precision"] == precision
 
 
 TOML = """
@@ -184,7 +192,7 @@ def test_a_run_that_was_killed_makes_the_same_file_when_it_is_run_again(slide, t
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_in_one_line_and_the_next_run_goes_on(slide, tmp_path, capsys):
-    (tmp_path / "r.toml").write_text(f"optimiser = \"sgd\"\nlearning_rate = 0.05\n{TOML}")
+    (tmp_path / "r.toml").write_text(f'optimiser = "sgd"\nlearning_rate = 0.05\nprecision = "float32"\n{TOML}')
     arguments = ["train", slide, "--labels", "truth", "--recipe", str(tmp_path / "r.toml"), "--device", "cpu", "--json"]
     assert cli.main([*arguments, "--model", str(tmp_path / "one"), "--processes", "1"]) == 0
     assert cli.main([*arguments, "--model", str(tmp_path / "two"), "--processes", "2"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pipeline.errors import ArgumentError
@@ -14,6 +16,14 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("device cuda needs a GPU that torch can use, got none; use --device cpu")
     return name
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 by instructions of its own, which train a network 2 to 3 times as fast."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def peak_device_bytes(device: str) -> int:

@@ -93,8 +93,8 @@ class Recipe:
     ema : decay per step of a moving average of the weights, at least 0 and below 1, such as 0.99; the average is
         validated and kept instead of them (doi:10.1137/0330046); 0: none
     precision : of the network while it learns, float32 or bf16 (autocast); loss, weights and their updates, checkpoints
-        and validations are float32 either way. On a GPU since Ampere take bf16, which halves the memory of activations;
-        on a CPU only if it has bf16 instructions
+        and validations are float32 either way; left out: bf16 where the device has instructions for it, GPUs since
+        Ampere and processors with AMX or AVX-512 BF16, else float32
     steps : when to stop
     patience : stop earlier, after so many validations without progress; 0: never
     validate_every : steps between two validations
@@ -141,7 +141,7 @@ class Recipe:
     ignore: int | None = None
     foreground_share: float = 0.0
     ema: float = 0.0
-    precision: Precision = Precision.FLOAT32
+    precision: Precision | None = None
     steps: int = 1000
     patience: int = 0
     validate_every: int = 50
@@ -170,7 +170,7 @@ class Recipe:
         for name in ("momentum", "ema"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ArgumentError(f"{name} must be at least 0 and below 1, got {value}; use 0.99")
-        if self.precision not in (Precision.FLOAT32, Precision.BF16):
+        if self.precision not in (None, Precision.FLOAT32, Precision.BF16):
             raise ArgumentError(f"precision of a training must be float32 or bf16, got {self.precision}; use bf16")
         self._check_weights()
         _ = self.scaling, checked_size(self.voxel_size_um)
@@ -292,5 +292,5 @@ def _settings(table: dict[str, Any], known: tuple[Field[Any], ...], *, what: str
         moved = sorted(set(unknown) & {each.name for each in fields(other)})
         remedy = f"put {', '.join(moved)} {side} [augmentation]" if moved else "correct it"
         raise ArgumentError(f"{what} has the settings {', '.join(names)}, got {unknown}; {remedy}")
-    kinds = {each.name: type(each.default) for each in known} | {"ignore": int}
+    kinds = {each.name: type(each.default) for each in known} | {"ignore": int, "precision": Precision}
     return {name: typed(name, value, kinds[name]) for name, value in table.items() if name != "augmentation"}
