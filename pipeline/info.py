@@ -43,7 +43,8 @@ def _image(image: Image) -> dict[str, Any]:
         "scan": image.scan.get("name"), "labels": published(image.location / "labels"),
         "predictions": published_predictions(image.location / "predictions"),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in image.levels],
-        "statistics": [each.to_json() for each in image.statistics], "slices_measured": bool(image.slices_sha256),
+        "statistics": [each.to_json() for each in image.statistics],
+        **({"slices_measured": bool(image.slices_sha256)} if image.has_slices else {}),
     }  # fmt: skip
 
 

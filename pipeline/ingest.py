@@ -69,6 +69,8 @@ def ingest(
 ) -> Image:
     """Make the OME-Zarr image of a scan; what an earlier, killed ingest of the same scan has done is kept.
 
+    A volume that an older haloseg made of it keeps all that it has, and gets the statistics of its slices.
+
     Parameters
     ----------
     scan : path or URL of any kind that ``pipeline.scans`` reads

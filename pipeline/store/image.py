@@ -60,7 +60,6 @@ class Image:
         """Return the voxels at a level of the pyramid."""
         return open_array(self.location / self.levels[index].path)
 
-
     @property
     def has_slices(self) -> bool:
         """Whether the image is a volume, of several slices or of one."""
