@@ -21,9 +21,9 @@ from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, w
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
+from pipeline.store.moments import SliceStatistics
 from pipeline.store.pyramid import Downsampling
 from pipeline.store.results import check_same_result
-from pipeline.store.slices import SliceStatistics
 from pipeline.store.statistics import ChannelStatistics, merge
 from pipeline.works.measure import MeasureBlocks, Notes
 

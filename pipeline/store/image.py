@@ -11,10 +11,11 @@ import zarr
 from pipeline.errors import StoreError
 from pipeline.store.arrays import Layout, create_group, open_array, read_attributes
 from pipeline.store.location import Location
+from pipeline.store.moments import SliceStatistics
 from pipeline.store.ngff import VERSION, Level, multiscales, pyramid_levels
 from pipeline.store.pyramid import create_levels
 from pipeline.store.scaling import Scaling, SliceWindows, Windows
-from pipeline.store.slices import SliceStatistics, read_slices, write_slices
+from pipeline.store.slices import read_slices, write_slices
 from pipeline.store.statistics import ChannelStatistics
 
 FORMAT = 1

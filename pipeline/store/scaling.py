@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError
 from pipeline.geometry.mirror import mirror_index
-from pipeline.store.slices import SliceStatistics
+from pipeline.store.moments import SliceStatistics
 from pipeline.store.statistics import ChannelStatistics, Normalisation
 
 Limits = tuple[tuple[float, float], ...]
@@ -186,6 +186,14 @@ class Scaling:
                 f"{min(missing):g}; take two of them, or ingest again where this version stores more"
             )
         return _between(known[low], known[high])
+
+
+class Measured(Protocol):
+    """An image whose intensities were measured."""
+
+    def windows(self, scaling: Scaling, /) -> Windows:
+        """Return what a network sees of each channel."""
+        ...
 
 
 def _between(low: float, high: float) -> Window:

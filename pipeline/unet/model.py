@@ -17,9 +17,8 @@ from torch import Tensor
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
-from pipeline.store.image import Image
 from pipeline.store.location import Location
-from pipeline.store.scaling import Limits, Scaling, Window, Windows
+from pipeline.store.scaling import Limits, Measured, Scaling, Window, Windows
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
@@ -102,7 +101,7 @@ class Model:
             raise ModelError("a network from elsewhere runs by tiles, got one to be streamed; leave --slab out")
         return self.settings
 
-    def windows(self, image: Image) -> Windows:
+    def windows(self, image: Measured) -> Windows:
         """Return what the network sees of each channel of an image."""
         return tuple(Window(*each) for each in self.input_windows) or image.windows(self.scaling)
 

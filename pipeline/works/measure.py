@@ -15,8 +15,8 @@ from pipeline.compute.runner import BlockRecord
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.location import Location, storage_errors
+from pipeline.store.moments import Moments
 from pipeline.store.reading import open_voxels
-from pipeline.store.slices import Moments
 from pipeline.store.statistics import Histogram
 
 

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.location import Location
+from pipeline.store.moments import Moments, SliceStatistics
 from pipeline.store.scaling import Scaling, SliceWindows, of_slices, spread_out
-from pipeline.store.slices import Moments, SliceStatistics, read_slices, write_slices
+from pipeline.store.slices import read_slices, write_slices
 from pipeline.store.statistics import Normalisation
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.geometry.box import Box
+from pipeline.store.moments import Moments, SliceStatistics
 from pipeline.store.scaling import Scaling, SliceWindows, Window
-from pipeline.store.slices import Moments, SliceStatistics
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
 from pipeline.unet.training.source import Source
