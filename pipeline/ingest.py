@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,10 +22,10 @@ from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, w
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
-from pipeline.store.moments import SliceStatistics
+from pipeline.store.moments import PlaneSums, SliceStatistics
 from pipeline.store.pyramid import Downsampling
 from pipeline.store.results import check_same_result
-from pipeline.store.statistics import ChannelStatistics, merge
+from pipeline.store.statistics import ChannelStatistics, Histogram, merge
 from pipeline.works.measure import MeasureBlocks, Notes
 
 _NOTES, _NOTES_OF_BEFORE = ".measured", ".histograms"  # an older haloseg noted nothing of slices
@@ -170,13 +171,17 @@ def _statistics(
         watch.begin("measure", n_blocks=len(grid), n_done=len(noted))
         work = MeasureBlocks(image.location / "0", grid, notes)
         _complete(run(work, missing, on_record=watch.advance), work.source)
-    statistics = image.statistics or merge(
-        notes.histograms(index, n_channels=image.n_channels) for index in range(len(grid))
-    )
-    if not image.has_slices:
-        return statistics, None
-    moments, n_planes = notes.moments(len(grid)), image.spatial_shape[0]
-    return statistics, SliceStatistics.merged(moments, n_channels=image.n_channels, n_planes=n_planes)
+    planes = PlaneSums(n_channels=image.n_channels, n_planes=image.spatial_shape[0])
+
+    def histograms() -> Iterator[tuple[Histogram, ...]]:
+        for index in range(len(grid)):
+            of_block, moments = notes.of(index, n_channels=image.n_channels)
+            if moments is not None:
+                planes.add(moments)
+            yield of_block
+
+    measured = merge(histograms())
+    return image.statistics or measured, planes.statistics() if image.has_slices else None
 
 
 def _copy(work: IngestBlocks, *, run: RunBlocks, watch: Watcher) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +48,38 @@ class SliceStatistics:
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
 
-    @classmethod
-    def merged(cls, blocks: Iterable[Moments], *, n_channels: int, n_planes: int) -> SliceStatistics:
-        """Return the statistics from the moments of all blocks, each given once, added up without cancellation.
-
-        By Chan, Golub and LeVeque 1983 (doi:10.1080/00031305.1983.10483115).
-        """
-        n = np.zeros(n_planes)
-        mean, spread = np.zeros((2, n_channels, n_planes))
-        for block in blocks:
-            at = slice(block.start, block.start + block.total.shape[1])
-            after = n[at] + block.count
-            apart = block.total / block.count - mean[:, at]
-            mean[:, at] += apart * (block.count / after)
-            spread[:, at] += block.spread + apart**2 * (n[at] * block.count / after)
-            n[at] = after
-        if not n.all():
-            raise ArgumentError(f"every plane needs a block, got none in plane {int(n.argmin())}; ingest again")
-        return cls(mean, np.sqrt(spread / n))
-
     @property
     def sha256(self) -> str:
         """What tells these statistics from others."""
         return hashlib.sha256(np.stack([self.mean, self.std]).astype("<f8").tobytes()).hexdigest()
+
+
+class PlaneSums:
+    """The sum of all blocks' moments so far, each added once.
+
+    By Chan, Golub and LeVeque 1983 (doi:10.1080/00031305.1983.10483115): without cancellation.
+    """
+
+    def __init__(self, *, n_channels: int, n_planes: int) -> None:
+        self._n = np.zeros(n_planes)
+        self._mean, self._spread = np.zeros((2, n_channels, n_planes))
+
+    def add(self, block: Moments) -> None:
+        """Add the moments of one more block."""
+        at = slice(block.start, block.start + block.total.shape[1])
+        before, after = self._n[at], self._n[at] + block.count
+        apart = block.total / block.count - self._mean[:, at]
+        self._spread[:, at] += block.spread + apart**2 * (before * block.count / after)
+        self._mean[:, at] += apart * (block.count / after)
+        self._n[at] = after
+
+    def statistics(self) -> SliceStatistics:
+        """Return the statistics of each plane.
+
+        Raises
+        ------
+        ArgumentError : no block met a plane.
+        """
+        if not self._n.all():
+            raise ArgumentError(f"every plane needs a block, got none in plane {int(self._n.argmin())}; ingest again")
+        return SliceStatistics(self._mean, np.sqrt(self._spread / self._n))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -66,23 +65,17 @@ class Notes:
         """Return the blocks that there are notes of."""
         return {int(key[:-4]) for key in self.folder.files() if key.endswith(".npz") and key[:-4].isdigit()}
 
-    def histograms(self, index: int, *, n_channels: int) -> tuple[Histogram, ...]:
-        """Return the histogram of each channel of a block."""
-        with self._opened(index) as parts:
-            return tuple(
+    def of(self, index: int, *, n_channels: int) -> tuple[tuple[Histogram, ...], Moments | None]:
+        """Return the histogram of each channel of a block, and of a volume its moments."""
+        with np.load(io.BytesIO(self._file(index).read_bytes()), allow_pickle=False) as parts:
+            histograms = tuple(
                 Histogram(parts["dtype"].dtype, parts[f"keys{c}"], parts[f"counts{c}"], *map(float, parts[f"sums{c}"]))
                 for c in range(n_channels)
             )
-
-    def moments(self, n_blocks: int) -> Iterator[Moments]:
-        """Yield the moments of all blocks of a volume."""
-        for index in range(n_blocks):
-            with self._opened(index) as parts:
-                start, count = map(int, parts["place"])
-                yield Moments(start, count, parts["total"], parts["spread"])
+            if "place" not in parts:
+                return histograms, None
+            start, count = map(int, parts["place"])
+            return histograms, Moments(start, count, parts["total"], parts["spread"])
 
     def _file(self, index: int) -> Location:
         return self.folder / f"{index}.npz"
-
-    def _opened(self, index: int) -> Any:  # noqa: ANN401 numpy's NpzFile has no types
-        return np.load(io.BytesIO(self._file(index).read_bytes()), allow_pickle=False)

@@ -6,16 +6,17 @@ from hypothesis import strategies as st
 from pipeline.errors import ArgumentError, StoreError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.location import Location
-from pipeline.store.moments import Moments, SliceStatistics
+from pipeline.store.moments import Moments, PlaneSums
 from pipeline.store.scaling import Scaling, SliceWindows, of_slices, spread_out
 from pipeline.store.slices import read_slices, write_slices
 from pipeline.store.statistics import Normalisation
 
 
 def merged(voxels, *, shard):
-    blocks = (Moments.of(voxels[(slice(None), *b.core.slices)], start=b.core.start[0])
-              for b in BlockGrid(voxels.shape[1:], shard))  # fmt: skip
-    return SliceStatistics.merged(blocks, n_channels=len(voxels), n_planes=voxels.shape[1])
+    sums = PlaneSums(n_channels=len(voxels), n_planes=voxels.shape[1])
+    for block in BlockGrid(voxels.shape[1:], shard):
+        sums.add(Moments.of(voxels[(slice(None), *block.core.slices)], start=block.core.start[0]))
+    return sums.statistics()
 
 
 @given(
@@ -44,9 +45,10 @@ def test_they_are_read_as_written_and_others_are_refused(tmp_path):
 
 
 def test_a_plane_without_a_block_is_refused():
-    whole = Moments.of(np.ones((1, 2, 3, 3)), start=1)
+    sums = PlaneSums(n_channels=1, n_planes=3)
+    sums.add(Moments.of(np.ones((1, 2, 3, 3)), start=1))
     with pytest.raises(ArgumentError, match="every plane needs a block, got none in plane 0"):
-        SliceStatistics.merged([whole], n_channels=1, n_planes=3)
+        sums.statistics()
 
 
 def test_windows_bring_each_slice_to_mean_0_and_deviation_1_and_a_constant_one_to_0():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.geometry.box import Box
-from pipeline.store.moments import Moments, SliceStatistics
+from pipeline.store.moments import Moments, PlaneSums
 from pipeline.store.scaling import Scaling, SliceWindows, Window
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
@@ -38,8 +38,9 @@ def test_training_and_inference_see_the_same_numbers(how, dtype):
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float64"])
 def test_training_and_inference_see_the_same_numbers_of_each_slice(dtype):
     voxels = (np.random.default_rng(0).integers(0, 200, (2, 5, 6, 7)) // np.arange(1, 6)[:, None, None]).astype(dtype)
-    slices = SliceStatistics.merged([Moments.of(voxels, start=0)], n_channels=2, n_planes=5)
-    windows, box = SliceWindows.of(slices), Box((2, -3, 1), (4, 5, 9))
+    sums = PlaneSums(n_channels=2, n_planes=5)
+    sums.add(Moments.of(voxels, start=0))
+    windows, box = SliceWindows.of(sums.statistics()), Box((2, -3, 1), (4, 5, 9))
     learnt = Source(voxels, voxels[0], windows, Box.whole((5, 6, 7))).intensities(box)
     own = [[(c - c.mean()) / c.std() for c in channel[2:4].astype(np.float64)] for channel in voxels]
     around = (*((0, 0),) * 2, (3, 0), (0, 2))
