@@ -189,7 +189,7 @@ def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, 
     """Run the flow of one scan, and tell what became of it."""
     begin = monotonic()
     try:
-        scan = archives.judge(scan, archive, model_sha256=table.found.model_sha256)
+        scan = archives.judge(scan, archive, model_sha256=table.found.model_sha256, scaling=table.found.scaling)
         if not scan.is_todo:
             return Outcome(scan, str(scan.state), scan.detail)
         table.put(Outcome(scan, "running"))

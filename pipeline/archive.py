@@ -24,6 +24,7 @@ from pipeline.store.labels import check_name
 from pipeline.store.lease import holder
 from pipeline.store.location import Entry, Location
 from pipeline.store.results import is_published, read_result
+from pipeline.store.scaling import Scaling
 from pipeline.unet.model import load_model
 
 _OURS = (".lease", ".haloseg.zarr", ".partial")
@@ -104,13 +105,14 @@ class Survey:
     ----------
     scans : those to be done first, first
     others : names of the files that are no scans of a kind that can be read
-    model_sha256 : of the model that the states are about
+    model_sha256, scaling : of the model that the states are about
     folder : of an image, in which results of this model lie: labels or predictions
     """
 
     scans: tuple[Scan, ...]
     others: tuple[str, ...]
     model_sha256: str
+    scaling: Scaling
     folder: str = "labels"
 
     @property
@@ -133,16 +135,17 @@ def survey(archive: Archive) -> Survey:
     model = load_model(archive.model)
     scans, others = _listed(archive, root)
     found = sorted(
-        (judge(scan, archive, model_sha256=model.digest) for scan in scans),
+        (judge(scan, archive, model_sha256=model.digest, scaling=model.scaling) for scan in scans),
         key=lambda scan: (_rank(scan.relative, archive.priority), scan.changed_s, scan.relative),
     )
-    return Survey(tuple(found), tuple(others), model.digest, "labels" if model.classes else "predictions")
+    folder = "labels" if model.classes else "predictions"
+    return Survey(tuple(found), tuple(others), model.digest, model.scaling, folder)
 
 
-def judge(scan: Scan, archive: Archive, *, model_sha256: str) -> Scan:
+def judge(scan: Scan, archive: Archive, *, model_sha256: str, scaling: Scaling) -> Scan:
     """Return a scan with what has become of it by now; one that cannot be judged is blocked by its cause."""
     try:
-        return _state_of(scan, archive, model_sha256)
+        return _state_of(scan, archive, model_sha256, scaling)
     except (PipelineError, OSError, LookupError, TypeError, ValueError) as error:
         told = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
         return replace(scan, state=State.BLOCKED, detail=told)
@@ -211,7 +214,7 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
     return Scan(str(path), relative.rstrip("/"), str(image), truth, entry.changed_s)
 
 
-def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
+def _state_of(scan: Scan, archive: Archive, model_sha256: str, scaling: Scaling) -> Scan:
     if is_remote_file(scan.path):
         return replace(scan, state=State.BLOCKED, detail=str(not_on_disk(scan.path)))
     location = Location(scan.image)
@@ -221,7 +224,7 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str) -> Scan:
         return replace(scan, state=State.BLOCKED, detail=detail)
     if image is not None and image.statistics:
         made = read_result(location, archive.name)
-        now = fingerprint(image, model_sha256, Precision.FLOAT32)
+        now = fingerprint(image, model_sha256, Precision.FLOAT32, scaling=scaling)
         if made is not None and made.fingerprint != now:
             kind = made.location.parent.name
             detail = f"{kind} {archive.name} are of another model; choose another name or delete {made.location}"

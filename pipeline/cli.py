@@ -153,7 +153,8 @@ def _add_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, metavar="NAME|FILE", help="the model: a name, or a file to write")
     verb.add_argument("--classes", type=_words, default=(), metavar="A,B,..", help="names, none first with a sigmoid")
     verb.add_argument("--channels", type=_words, default=(), metavar="A,B,..", help="names of the image's channels")
-    verb.add_argument("--normalisation", metavar="HOW", help="zscore (default), percentile, range or none, per scan")
+    how = "zscore (default), percentile, range or none, per scan; zscore-slicewise, per slice of a volume"
+    verb.add_argument("--normalisation", metavar="HOW", help=how)
     verb.add_argument("--mean", type=_numbers, default=(), metavar="X,..", help="then subtracted, one per channel")
     verb.add_argument("--std", type=_floats, default=(), metavar="X,..", help="then divided by, one per channel")
     verb.add_argument("--voxel-size-um", type=_floats, metavar="Z,Y,X", help="of the images that it learned from")

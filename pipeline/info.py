@@ -44,6 +44,7 @@ def _image(image: Image) -> dict[str, Any]:
         "predictions": published_predictions(image.location / "predictions"),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in image.levels],
         "statistics": [each.to_json() for each in image.statistics],
+        **({"slices_measured": bool(image.slices_sha256)} if image.has_slices else {}),
     }  # fmt: skip
 
 

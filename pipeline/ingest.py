@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from pipeline.compute.levels import build_levels
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_serial
@@ -23,24 +22,26 @@ from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, w
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
+from pipeline.store.moments import PlaneSums, SliceStatistics
 from pipeline.store.pyramid import Downsampling
 from pipeline.store.results import check_same_result
-from pipeline.store.statistics import Histogram, merge
+from pipeline.store.statistics import ChannelStatistics, Histogram, merge
+from pipeline.works.measure import MeasureBlocks, Notes
 
-_HISTOGRAMS = ".histograms"
+_NOTES, _NOTES_OF_BEFORE = ".measured", ".histograms"  # an older haloseg noted nothing of slices
 
 
 @dataclass(frozen=True, slots=True)
 class IngestBlocks:
     """The work of copying a scan into an array, one shard per block; see BlockWork.
 
-    ``histograms`` is where each block leaves its part of the statistics, before its shard; None for labels.
+    ``notes`` is where each block leaves its part of the statistics, before its shard; None for labels.
     """
 
     scan: str
     target: Location
     grid: BlockGrid
-    histograms: Location | None
+    notes: Notes | None
 
     def setup(self) -> Any:  # noqa: ANN401
         """Open the scan and the array."""
@@ -56,8 +57,8 @@ class IngestBlocks:
         voxels = voxels.reshape(target.shape[: target.ndim - core.ndim] + core.shape)
         read = perf_counter()
         with storage_errors(self.target):
-            if self.histograms is not None:
-                _save_histograms(self.histograms / f"{index}.npz", voxels)
+            if self.notes is not None:
+                self.notes.put(index, voxels, core)
             write_shard(target, core, voxels, location=self.target)
         return BlockRecord(index, core.n_voxels, read - begin, 0.0, perf_counter() - read)
 
@@ -68,6 +69,8 @@ def ingest(
     watch: Watcher = UNWATCHED,
 ) -> Image:
     """Make the OME-Zarr image of a scan; what an earlier, killed ingest of the same scan has done is kept.
+
+    A volume that an older haloseg made of it keeps all that it has, and gets the statistics of its slices.
 
     Parameters
     ----------
@@ -91,8 +94,10 @@ def ingest(
     if overwrite:
         _delete_image(target, scan)
     there = _same_ingest(target, about)
+    if there is not None and there.lacks_slices:
+        return measure(there, run=run, watch=watch)
     if there is not None and there.statistics:
-        (target / _HISTOGRAMS).delete()  # left where a kill fell right after the commit
+        _forget(target)  # what a kill right after the commit left
         return there
     with _undone_by_bad_input(target, when=there is None), storage_errors(target):
         made = there or create_image(
@@ -131,15 +136,52 @@ def ingest_labels(
 
 def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
     """Copy what is missing, build the pyramid, gather the statistics, and commit."""
-    histograms = image.location / _HISTOGRAMS
-    grid = BlockGrid(image.spatial_shape, image.layout.shard)
-    _copy(IngestBlocks(scan, image.location / "0", grid, histograms), run=run, watch=watch)
+    notes, grid = Notes(image.location / _NOTES), BlockGrid(image.spatial_shape, image.layout.shard)
+    _copy(IngestBlocks(scan, image.location / "0", grid, notes), run=run, watch=watch)
     _levels(image, Downsampling.MEAN, run=run, watch=watch)
-    statistics = merge(_load_histograms(histograms / f"{index}.npz", image.n_channels) for index in range(len(grid)))
-    sweep(image.location)
-    done = commit_image(image, statistics)
-    histograms.delete()
+    return measure(image, run=run, watch=watch)
+
+
+def measure(image: Image, *, run: RunBlocks = run_serial, watch: Watcher = UNWATCHED) -> Image:
+    """Add up an image's statistics and commit it; what is stored without notes, by an older haloseg, is measured first.
+
+    Statistics of the whole that the image has already stay as they are: labels are known by them.
+    """
+    with storage_errors(image.location):
+        statistics, slices = _statistics(image, run=run, watch=watch)
+        sweep(image.location)
+        done = commit_image(image, statistics, slices)
+        _forget(image.location)
     return done
+
+
+def _forget(image: Location) -> None:
+    """Delete the notes of what was measured."""
+    for notes in (_NOTES, _NOTES_OF_BEFORE):
+        (image / notes).delete()
+
+
+def _statistics(
+    image: Image, *, run: RunBlocks, watch: Watcher
+) -> tuple[tuple[ChannelStatistics, ...], SliceStatistics | None]:
+    """Return the statistics of the whole, and of a volume those of each slice."""
+    notes, grid = Notes(image.location / _NOTES), BlockGrid(image.spatial_shape, image.layout.shard)
+    noted = notes.measured()
+    if missing := [index for index in range(len(grid)) if index not in noted]:
+        watch.begin("measure", n_blocks=len(grid), n_done=len(noted))
+        work = MeasureBlocks(image.location / "0", grid, notes)
+        _complete(run(work, missing, on_record=watch.advance), work.source)
+    planes = PlaneSums(n_channels=image.n_channels, n_planes=image.spatial_shape[0])
+
+    def histograms() -> Iterator[tuple[Histogram, ...]]:
+        for index in range(len(grid)):
+            of_block, moments = notes.of(index, n_channels=image.n_channels)
+            if moments is not None:
+                planes.add(moments)
+            yield of_block
+
+    measured = merge(histograms())
+    return image.statistics or measured, planes.statistics() if image.has_slices else None
 
 
 def _copy(work: IngestBlocks, *, run: RunBlocks, watch: Watcher) -> None:
@@ -245,26 +287,3 @@ def _absolute(scan: str) -> str:
 
 def _listed(size: tuple[float, ...] | None) -> list[float] | None:
     return [float(s) for s in size] if size else None
-
-
-def _save_histograms(location: Location, voxels: NDArray[Any]) -> None:
-    """Keep the histogram of each channel of one block."""
-    stream = io.BytesIO()
-    parts: dict[str, Any] = {"dtype": np.zeros(0, voxels.dtype)}
-    for channel, h in enumerate(map(Histogram.of, voxels)):
-        parts[f"keys{channel}"], parts[f"counts{channel}"] = h.keys, h.counts
-        parts[f"sums{channel}"] = np.array([h.minimum, h.maximum, h.total, h.spread])
-    np.savez_compressed(stream, **parts)
-    location.write_bytes(stream.getvalue())
-
-
-def _load_histograms(location: Location, n_channels: int) -> tuple[Histogram, ...]:
-    """Return the histogram of each channel of one block."""
-    with np.load(io.BytesIO(location.read_bytes()), allow_pickle=False) as parts:
-        return tuple(
-            Histogram(parts["dtype"].dtype, parts[f"keys{c}"], parts[f"counts{c}"], *map(float, parts[f"sums{c}"]))
-            for c in range(n_channels)
-        )
-
-
-

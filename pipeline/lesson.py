@@ -85,6 +85,7 @@ def open_lesson(
     truth = of_labels(opened, labels, recipe=recipe) if labels else of_targets(opened, targets, n_learnt=len(images))
     size, shapes = _seen_size(opened, recipe=recipe), [_seen_shape(each, recipe.voxel_size_um) for each in opened]
     dims = choose_dims(recipe, shapes=shapes, voxel_size_um=size)
+    recipe.scaling.check_dims(dims)
     if size and dims < len(size):
         size = (*(opened[0].voxel_size_um or size)[:-dims], *size[-dims:])
     settings = recipe.network(dims=dims, in_channels=opened[0].n_channels, n_classes=truth.n_outputs)
@@ -204,7 +205,7 @@ def _labelled(
             about = recipe.border_weight, recipe.border_sigma_voxels, recipe.ignore
             own = tuple(s / step for s, step in zip(spacing, steps or (1.0,) * len(spacing), strict=True))
             borders = keep(Borders(ids, axes, own, *about))
-        windows = recipe.scaling.windows(image.statistics, dtype=image.dtype)
+        windows = image.windows(recipe.scaling)
         sources.append(Source(voxels, labels, windows, Box.whole(image.spatial_shape), borders, steps))
     return tuple(sources)
 

@@ -118,7 +118,7 @@ def plan_segment(
     network = load_model(model)
     scheme = scheme_for(network.settings, scheme)
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
-    network.windows(of.statistics, dtype=of.dtype)  # refuses an image that it does not fit
+    network.windows(of)  # refuses an image that it does not fit
     warn_of_voxel_size(of, network)
     slices = len(of.spatial_shape) - network.settings.dims
     rule = _over(network, slices)

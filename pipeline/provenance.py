@@ -14,6 +14,7 @@ from pipeline.store.labels import Labels, label_location
 from pipeline.store.location import Location
 from pipeline.store.predictions import Prediction, prediction_location
 from pipeline.store.results import Result
+from pipeline.store.scaling import Scaling
 from pipeline.unet.model import Model
 from pipeline.unet.settings import Head
 
@@ -25,7 +26,8 @@ def result_of(image: Image, model: Model, path: str, *, name: str, layout: Layou
     ----------
     path : of the model
     """
-    axes, same = image.axes.removeprefix("c"), fingerprint(image, model.digest, scheme.precision)
+    axes = image.axes.removeprefix("c")
+    same = fingerprint(image, model.digest, scheme.precision, scaling=model.scaling)
     made = provenance(image, model, path, scheme)
     if model.settings.head is Head.LINEAR:
         location = prediction_location(image.location, name)
@@ -34,9 +36,13 @@ def result_of(image: Image, model: Model, path: str, *, name: str, layout: Layou
     return Labels(location, axes, "uint8", layout, image.levels, same, model.classes, model.class_values, made)
 
 
-def fingerprint(image: Image, model_sha256: str, precision: Precision) -> dict[str, Any]:
-    """Return what must be the same for two runs to be one: labels that have it are of this image and this model."""
+def fingerprint(image: Image, model_sha256: str, precision: Precision, *, scaling: Scaling) -> dict[str, Any]:
+    """Return what must be the same for two runs to be one: labels that have it are of this image and this model.
+
+    Statistics of slices are part of it where the model's scaling goes by them: they may have been added since.
+    """
     content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
+    content += [image.slices_sha256] if scaling.is_slicewise and image.has_slices else []
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return {"image": digest, "model": model_sha256, "precision": precision.value}
 

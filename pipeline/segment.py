@@ -19,7 +19,7 @@ from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import Scheme
 from pipeline.errors import QuarantineError
 from pipeline.identity import identity
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, measure
 from pipeline.plan import USUAL, Plan, check_fit, given_tile
 from pipeline.scans.backend import open_scan
 from pipeline.store.image import read_image
@@ -177,7 +177,8 @@ def as_image(
     """Return the path of the image at ``path``; a scan is ingested beside itself first, if it can be segmented then.
 
     ``scan.tif`` becomes ``scan.zarr``; what is a Zarr of another maker, ``x.zarr``, becomes ``x.haloseg.zarr``. An
-    image of this scan that lies there already is taken as it is, whatever its chunks and voxel size.
+    image of this scan that lies there already is taken as it is, whatever its chunks and voxel size, unless the model
+    goes by statistics of slices, which an older haloseg did not measure: these are added.
     """
     if read_image(Location(path)) is not None:
         return path
@@ -192,6 +193,8 @@ def as_image(
     beside = image_beside(path)
     there = read_image(beside)
     if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():
+        if there.lacks_slices and network.scaling.is_slicewise:
+            measure(there, watch=watch)
         return str(beside)
     return str(ingest(path, str(beside), watch=watch).location)
 

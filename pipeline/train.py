@@ -169,6 +169,7 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
             {
                 "image": image.location.name, "shape": image.spatial_shape, "voxel_size_um": image.voxel_size_um,
                 "scan": image.scan, **_truth(truth), "statistics": [each.to_json() for each in image.statistics],
+                **({"slices_sha256": image.slices_sha256} if recipe.scaling.is_slicewise else {}),
                 "held_out": asdict(held_out) if held_out else None,
             }
             for image, truth, held_out in zip(lesson.images, lesson.truths, lesson.held_out, strict=True)

@@ -11,7 +11,7 @@ import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from volumes import model_file, scan_file
+from volumes import as_of_before, model_file, scan_file
 
 from pipeline.archive import Archive, State, survey
 from pipeline.compute.runner import run_serial
@@ -24,6 +24,8 @@ from pipeline.store.lease import lease
 from pipeline.store.location import Location
 from pipeline.store.results import mark_reported
 from pipeline.store.roots import check_paths
+from pipeline.store.statistics import Normalisation
+from pipeline.unet.settings import UNetSettings
 
 SHAPE = (8, 16, 16)
 
@@ -64,6 +66,15 @@ def test_scans_are_found_in_folders_and_the_oldest_comes_first(home):
     assert {scan.state for scan in found.scans} == {State.NEW}
     assert found.others == ("notes.txt",)
     assert found.todo == found.scans
+
+
+def test_what_a_model_makes_of_slices_by_their_own_statistics_is_known_again(home):
+    archive, slices = archive_of(home), UNetSettings(dims=2, width=2, depth=1)
+    model_file(home / "model.safetensors", slices, normalisation=Normalisation.ZSCORE_SLICEWISE)
+    segmented(survey(archive).scans[0].path, survey(archive).scans[0].image, archive)
+    assert states(archive)["a-truth.tif"] is State.DONE
+    as_of_before(Path(survey(archive).scans[0].image))
+    assert states(archive)["a-truth.tif"] is State.BLOCKED
 
 
 def test_a_truth_is_no_scan_and_is_known_by_its_scan(home):

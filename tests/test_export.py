@@ -31,6 +31,7 @@ CASES = {
     ),
     "a foreign one": (None, {}),
     "a window": (VALID, {"normalisation": Normalisation.WINDOW, "limits": ((60.0, 200.0),)}),
+    "slice by slice": (VALID, {"normalisation": Normalisation.ZSCORE_SLICEWISE}),
     "two percentiles": (VALID, {"normalisation": Normalisation.PERCENTILE, "limits": ((0.5, 99.5),)}),
 }  # fmt: skip
 

@@ -9,13 +9,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr_models.v05 import Image as ValidImage
-from volumes import scan_file, tree_digest
+from volumes import as_of_before, scan_file, tree_digest
 
 from pipeline.compute.runner import run_serial
 from pipeline.errors import ScanError, StoreError
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
+from pipeline.store.scaling import Scaling
+from pipeline.store.statistics import Normalisation
 
 
 def tensorstore_read(path):
@@ -83,13 +85,49 @@ def test_an_ingest_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_pa
         assert resumed.statistics == open_image(str(tmp_path / "undisturbed.zarr")).statistics
 
 
+@given(st.tuples(*(st.integers(1, 40),) * 3))
+@settings(max_examples=5, deadline=None)
+def test_each_slice_of_a_volume_is_measured(tmp_path_factory, shape):
+    folder = tmp_path_factory.mktemp("slices")
+    voxels = np.random.default_rng(0).integers(0, 900, shape).astype(np.uint16)
+    np.save(folder / "scan.npy", voxels)
+    image = ingest(str(folder / "scan.npy"), str(folder / "scan.zarr"), chunk=(16,), shard=(16,))
+    if image.has_slices:  # few planes last are channels
+        planes = image.array[:].astype(np.float64)
+        np.testing.assert_allclose(image.slices.mean, planes.mean(axis=(2, 3)), rtol=1e-13)
+        np.testing.assert_allclose(image.slices.std, planes.std(axis=(2, 3)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_image_of_an_older_haloseg_is_refused_by_slice_until_it_is_ingested_again(tmp_path, finished):
+    scan_file(tmp_path / "scan.tif", (20, 40, 70))
+    scan, image, by_slice = str(tmp_path / "scan.tif"), tmp_path / "scan.zarr", Scaling(Normalisation.ZSCORE_SLICEWISE)
+    ingest(scan, str(image), chunk=(16,), shard=(32,))
+    expected = tree_digest(image)
+    as_of_before(image, finished=finished)
+    if finished:
+        assert open_image(image).windows(Scaling())
+        with pytest.raises(StoreError, match=r"got an image without them at .*; run the same haloseg ingest again"):
+            open_image(image).windows(by_slice)
+
+    def stopping(work, indices, *, on_record):
+        run_serial(work, list(indices)[:2], on_record=on_record)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(scan, str(image), chunk=(16,), shard=(32,), run=stopping)
+    assert len(ingest(scan, str(image), chunk=(16,), shard=(32,)).windows(by_slice)) == 1
+    assert tree_digest(image) == expected
+
+
 def test_what_a_kill_right_after_the_commit_left_is_removed(tmp_path):
     scan_file(tmp_path / "scan.tif", (40, 50))
     scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
     ingest(scan, image)
     expected = tree_digest(image)
-    (tmp_path / "scan.zarr" / ".histograms").mkdir()
-    (tmp_path / "scan.zarr" / ".histograms" / "0.npz").write_bytes(b"left")
+    for notes in (".measured", ".histograms"):
+        (tmp_path / "scan.zarr" / notes).mkdir()
+        (tmp_path / "scan.zarr" / notes / "0.npz").write_bytes(b"left")
     ingest(scan, image)
     assert tree_digest(image) == expected
 

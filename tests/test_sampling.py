@@ -14,6 +14,7 @@ from pipeline.ingest import ingest
 from pipeline.inspect import inspect
 from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
+from pipeline.store.image import open_image
 from pipeline.store.statistics import Normalisation
 from pipeline.train import train
 from pipeline.unet.model import load_model
@@ -114,6 +115,20 @@ def test_colours_of_pictures_of_mixed_sizes_are_learnt(tmp_path, monkeypatch, wh
     result = train(images, labels="truth", model=str(tmp_path / "m"), recipe=replace(RECIPE, steps=20))
     assert result.model.settings.in_channels == 3
     assert min(result.best.dice) > 0.9
+
+
+def test_brightness_and_contrast_of_slices_do_not_matter_where_each_is_seen_by_its_own_statistics(tmp_path):
+    voxels, labels = textures((10, 48, 48))
+    changed = (voxels.astype(np.float32) * 2.0 ** (np.arange(10) % 4)[:, None, None] + 7).astype(np.float32)
+    even, uneven = (image_of(tmp_path, name, each, labels) for name, each in (("e", voxels), ("u", changed)))
+    recipe = replace(RECIPE, dims=2, steps=2, normalisation=Normalisation.ZSCORE_SLICEWISE)
+    one, other = (train([each], labels="truth", model=str(tmp_path / "m"), recipe=recipe) for each in (even, uneven))
+    assert one.best.train_loss == pytest.approx(other.best.train_loss, rel=1e-5)
+    assert one.best.loss == pytest.approx(other.best.loss, rel=1e-5)
+    assert inspect(str(tmp_path / "m"))["normalisation"] == "zscore-slicewise"
+    assert one.model.training["images"][0]["slices_sha256"] == open_image(even).slices_sha256
+    with pytest.raises(ArgumentError, match="sees slices one by one, got a 3-D one; use zscore, or a 2-D network"):
+        train([even], labels="truth", model=str(tmp_path / "m"), recipe=replace(recipe, dims=3))
 
 
 def test_volumes_of_mixed_sizes_are_learnt_slice_by_slice(tmp_path):

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from volumes import model_file, n_whole, scan_file, tree_digest, whole_scan
+from volumes import as_of_before, model_file, n_whole, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Scheme
 from pipeline.errors import QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
-from pipeline.segment import segment
+from pipeline.segment import as_image, segment
 from pipeline.store.arrays import open_array
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
@@ -101,6 +101,58 @@ def test_a_clamped_window_is_clamped_by_every_engine(tmp_path, dims):
     clamped = np.clip(voxels, 110, 140)  # the network cannot tell them apart
     assert np.array_equal(whole_scan(clamped[None], model, statistics), expected)
     assert (clamped != voxels).mean() > 0.2
+
+
+def uneven(voxels):
+    """Return the volume as an instrument might have it that changes from slice to slice, uint16."""
+    gains, offsets = np.array([1, 3, 2, 5, 4, 7, 6]), 40 * np.array([9, 1, 30, 4, 0, 17, 8])
+    return (voxels * gains[:, None, None] + offsets[:, None, None]).astype(np.uint16)
+
+
+def test_each_slice_is_seen_by_its_own_statistics_alike_by_every_engine(tmp_path):
+    settings = UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME)
+    about = {"normalisation": Normalisation.ZSCORE_SLICEWISE}
+    layout = {"chunk": (4, 16, 16), "shard": (4, 32, 32)}  # the last shard is of three slices
+    voxels, even, _ = prepared(tmp_path, (7, 60, 41), settings, **layout)
+    model = model_file(tmp_path / "slicewise.safetensors", settings, **about)
+    image, changed = str(tmp_path / "uneven.zarr"), uneven(voxels)
+    np.save(tmp_path / "uneven.npy", changed)
+    ingest(str(tmp_path / "uneven.npy"), image, **layout)
+    expected = whole_scan(changed[None], model, None)
+    schemes = {
+        "columns": Scheme(), "thin": Scheme(slab=4, column=(1,) * 3), "tiles": Scheme(tile=(52, 64)),
+        "few": Scheme(tile=(60, 60), budget_bytes=600_000), "reference": Scheme(engine=EngineName.REFERENCE),
+    }  # fmt: skip
+    for name, scheme in schemes.items():
+        done = segment(plan_segment(image, model=model, name=name, scheme=scheme, probabilities=True), run=run_serial)
+        assert np.abs(open_image_array(image, f"probabilities/{name}/0") - expected).max() <= 1e-5
+        np.testing.assert_array_equal(open_labels(f"{image}/labels/{name}").array[:], expected.argmax(axis=0))
+        assert done.certificate is None or done.certificate["max_difference"] <= 1e-5
+    # brightness and contrast of a slice do not matter; by those of the whole scan they do
+    segment(plan_segment(even, model=model, name="x", probabilities=True), run=run_serial)
+    assert np.abs(open_image_array(even, "probabilities/x/0") - expected).max() <= 1e-5
+    of_scan = whole_scan(changed[None], model_file(tmp_path / "m", settings), open_image(image).statistics)
+    assert (of_scan.argmax(0) != expected.argmax(0)).mean() > 0.1
+
+
+def test_statistics_of_slices_are_part_of_what_labels_are_known_by_and_are_added_where_a_scan_was_ingested_before(
+    tmp_path,
+):
+    settings = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME)
+    _, _, usual = prepared(tmp_path, (3, 30, 31), settings)
+    model = model_file(tmp_path / "by-slice.safetensors", settings, normalisation=Normalisation.ZSCORE_SLICEWISE)
+    scan, image = str(tmp_path / "scan.npy"), tmp_path / "scan.zarr"
+    plans = [plan_segment(str(image), model=each, name="x").result.fingerprint["image"] for each in (usual, model)]
+    assert plans[0] != plans[1]
+    as_of_before(image)
+    assert plan_segment(str(image), model=usual, name="x").result.fingerprint["image"] == plans[0]
+    with pytest.raises(StoreError, match="run the same haloseg ingest again"):
+        plan_segment(str(image), model=model, name="x")
+    before = tree_digest(image)
+    assert as_image(scan, model=usual, name="x") == str(image)
+    assert tree_digest(image) == before
+    assert as_image(scan, model=model, name="x") == str(image)
+    assert plan_segment(str(image), model=model, name="x").result.fingerprint["image"] == plans[1]
 
 
 def open_image_array(image, path):

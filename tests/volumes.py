@@ -1,12 +1,16 @@
 """What the tests of whole verbs share: small scans, small networks, and the whole-scan oracle."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
 
+from pipeline.store.location import Location
+from pipeline.store.scaling import Window
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.model import Model, build, load_model, save_model
 from pipeline.unet.network import UNet
@@ -57,7 +61,11 @@ def whole_scan(voxels, model_path, statistics):
     if voxels.ndim - 1 > model.settings.dims:
         slices = [whole_scan(voxels[:, z], model_path, statistics) for z in range(voxels.shape[1])]
         return np.stack(slices, axis=1)
-    windows = model.windows(statistics, dtype=str(voxels.dtype))
+    if model.normalisation is Normalisation.ZSCORE_SLICEWISE:
+        windows = [(each.mean(), 1 / each.std() if each.std() else 1.0, -np.inf, np.inf) for each in voxels]
+    else:
+        windows = model.input_windows or model.scaling.windows(statistics, dtype=str(voxels.dtype))
+    windows = [Window(*each) for each in windows]
     seen = [np.clip((c.astype(np.float64) - o) * s, *ends) for c, (o, s, *ends) in zip(voxels, windows, strict=True)]
     scaled = np.stack(seen)
     rule = model.rule
@@ -70,6 +78,20 @@ def whole_scan(voxels, model_path, statistics):
         likely = network.probabilities(network(mirrored[None]))[0].numpy()
     keep = tuple(slice(t, t + n) for n, t in zip(voxels.shape[1:], rule.trim, strict=True))
     return likely[(slice(None), *keep)]
+
+
+def as_of_before(image, *, finished=True):
+    """Make an image what an older haloseg made of the same scan, which measured no slices."""
+    about = Location(str(image)) / "zarr.json"
+    document = about.read_json()
+    del document["attributes"]["haloseg"]["slices_sha256"]
+    if not finished:
+        document["attributes"]["haloseg"]["statistics"] = []
+        del document["attributes"]["ome"]
+        (image / ".histograms").mkdir()
+        (image / ".histograms" / "0.npz").write_bytes(b"without slices")
+    about.write_bytes(json.dumps(document, indent=2).encode())
+    shutil.rmtree(image / "slices")
 
 
 def n_whole(shards):

@@ -11,11 +11,15 @@ import zarr
 from pipeline.errors import StoreError
 from pipeline.store.arrays import Layout, create_group, open_array, read_attributes
 from pipeline.store.location import Location
+from pipeline.store.moments import SliceStatistics
 from pipeline.store.ngff import VERSION, Level, multiscales, pyramid_levels
 from pipeline.store.pyramid import create_levels
+from pipeline.store.scaling import Scaling, SliceWindows, Windows
+from pipeline.store.slices import read_slices, write_slices
 from pipeline.store.statistics import ChannelStatistics
 
 FORMAT = 1
+_SLICES = "slices"
 _COLOURS = ("FFFFFF", "00FF00", "FF00FF", "00FFFF", "FFFF00", "FF8000", "8000FF")
 
 
@@ -29,6 +33,7 @@ class Image:
     voxel_size_um : along the spatial axes; None where the scan told none and none was given
     statistics : one per channel; empty while the image is being ingested
     scan : what the image was made from, enough to know it again
+    slices_sha256 : of the statistics of each slice of a volume; empty where none were measured
     """
 
     location: Location
@@ -40,6 +45,7 @@ class Image:
     voxel_size_um: tuple[float, ...] | None
     scan: dict[str, Any]
     statistics: tuple[ChannelStatistics, ...] = ()
+    slices_sha256: str = ""
 
     @property
     def spatial_shape(self) -> tuple[int, ...]:
@@ -55,6 +61,37 @@ class Image:
         """Return the voxels at a level of the pyramid."""
         return open_array(self.location / self.levels[index].path)
 
+    @property
+    def has_slices(self) -> bool:
+        """Whether the image is a volume, of several slices or of one."""
+        return len(self.spatial_shape) == 3
+
+    @property
+    def lacks_slices(self) -> bool:
+        """Whether this is a complete volume, made by an older haloseg, which measured no slices."""
+        return bool(self.statistics) and self.has_slices and not self.slices_sha256
+
+    @property
+    def slices(self) -> SliceStatistics:
+        """The statistics of each slice.
+
+        Raises
+        ------
+        StoreError : none were measured.
+        """
+        if not self.slices_sha256:
+            raise StoreError(
+                f"normalisation by slice needs statistics of each slice, got an image without them at {self.location}, "
+                "from an older haloseg; run the same haloseg ingest again, which adds them and keeps all else"
+            )
+        return read_slices(self.location / _SLICES, sha256=self.slices_sha256)
+
+    def windows(self, scaling: Scaling) -> Windows:
+        """Return what a network sees of each channel, of a volume perhaps in each slice another."""
+        if scaling.is_slicewise and self.has_slices:
+            return SliceWindows.of(self.slices)
+        return scaling.windows(self.statistics, dtype=self.dtype)
+
 
 def create_image(
     location: Location, *, shape: tuple[int, ...], dtype: np.dtype[Any], axes: str, layout: Layout,
@@ -69,9 +106,13 @@ def create_image(
     return image
 
 
-def commit_image(image: Image, statistics: tuple[ChannelStatistics, ...]) -> Image:
+def commit_image(
+    image: Image, statistics: tuple[ChannelStatistics, ...], slices: SliceStatistics | None = None
+) -> Image:
     """Declare the image complete: from now on it can be opened, by haloseg and by any OME-Zarr reader."""
-    done = replace(image, statistics=statistics)
+    if slices is not None:
+        write_slices(image.location / _SLICES, slices)
+    done = replace(image, statistics=statistics, slices_sha256=slices.sha256 if slices is not None else "")
     unit = "micrometer" if image.voxel_size_um else None
     ome = {
         "version": VERSION,
@@ -93,7 +134,7 @@ def read_image(location: Location) -> Image | None:
         location, about["axes"], about["dtype"], about["n_channels"],
         Layout(tuple(about["chunk"]), tuple(about["shard"])), levels_from_json(about["levels"]),
         tuple(about["voxel_size_um"]) if about["voxel_size_um"] else None, about["scan"],
-        tuple(map(ChannelStatistics.from_json, about["statistics"])),
+        tuple(map(ChannelStatistics.from_json, about["statistics"])), about.get("slices_sha256", ""),
     )  # fmt: skip
 
 
@@ -126,7 +167,7 @@ def _to_json(image: Image) -> dict[str, Any]:
         "chunk": list(image.layout.chunk), "shard": list(image.layout.shard),
         "voxel_size_um": list(image.voxel_size_um) if image.voxel_size_um else None, "scan": image.scan,
         "levels": [level.to_json() for level in image.levels],
-        "statistics": [each.to_json() for each in image.statistics],
+        "statistics": [each.to_json() for each in image.statistics], "slices_sha256": image.slices_sha256,
     }  # fmt: skip
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError
+from pipeline.geometry.mirror import mirror_index
+from pipeline.store.moments import SliceStatistics
 from pipeline.store.statistics import ChannelStatistics, Normalisation
 
 Limits = tuple[tuple[float, float], ...]
@@ -27,6 +30,56 @@ class Window(NamedTuple):
     scale: float
     low: float = -inf
     high: float = inf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceWindows:
+    """What a network sees of each channel in each slice of a volume, without limits.
+
+    Attributes
+    ----------
+    offset, scale : float64 (channels, planes)
+    """
+
+    offset: NDArray[np.float64] = field(repr=False)
+    scale: NDArray[np.float64] = field(repr=False)
+
+    @classmethod
+    def of(cls, slices: SliceStatistics) -> SliceWindows:
+        """Return the windows that bring each slice to mean 0 and deviation 1; a constant one to 0."""
+        return cls(slices.mean, 1 / np.where(slices.std > 0, slices.std, 1.0))
+
+    def __len__(self) -> int:
+        """Return the number of channels."""
+        return len(self.offset)
+
+    def between(self, start: int, stop: int) -> SliceWindows:
+        """Return those of the slices ``start`` to ``stop``; see ``of_slices``."""
+        at = mirror_index(start, stop, self.offset.shape[1])
+        return SliceWindows(self.offset[:, at], self.scale[:, at])
+
+
+Windows = tuple[Window, ...] | SliceWindows
+
+
+def of_slices(windows: Windows, start: int, stop: int) -> Windows:
+    """Return what is seen of the slices ``start`` to ``stop``, mirrored outside the volume as their voxels are."""
+    return windows.between(start, stop) if isinstance(windows, SliceWindows) else windows
+
+
+def spread_out(windows: Windows, *, n_axes: int) -> tuple[NDArray[np.float64], ...]:
+    """Return offset, scale, low and high, float64, each of a shape that fits voxels (channels, *n_axes).
+
+    Windows of slices are those of the voxels' own slices, along the first of the axes.
+    """
+    if isinstance(windows, SliceWindows):
+        if n_axes != 3:
+            raise ArgumentError(f"windows of slices need voxels of 3 axes, got {n_axes}; give the slices' axis, too")
+        fitting = (*windows.offset.shape, *(1,) * (n_axes - 1))
+        limits = (np.full((1,) * len(fitting), end) for end in (-inf, inf))
+        return windows.offset.reshape(fitting), windows.scale.reshape(fitting), *limits
+    columns = np.array([Window(*window) for window in windows], np.float64).T
+    return tuple(column.reshape(-1, *(1,) * n_axes) for column in columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +134,21 @@ class Scaling:
             raise ArgumentError(f"limits must be two numbers, the lower one first, got {odd[0]}; give two")
         return cls(normalisation, tuple((low, high) for low, high in every))
 
+    @property
+    def is_slicewise(self) -> bool:
+        """Whether each slice of a volume is seen by its own statistics."""
+        return self.normalisation is Normalisation.ZSCORE_SLICEWISE
+
+    def check_dims(self, dims: int) -> None:
+        """Refuse networks that see more than one slice at a time, if each is seen by its own statistics."""
+        if self.is_slicewise and dims != 2:
+            raise ArgumentError(
+                f"normalisation {self.normalisation} needs a network that sees slices one by one, got a {dims}-D one; "
+                "use zscore, or a 2-D network"
+            )
+
     def windows(self, statistics: Sequence[ChannelStatistics], *, dtype: str) -> tuple[Window, ...]:
-        """Return what the network sees of each channel of an image.
+        """Return what the network sees of each channel of an image, alike in all its slices.
 
         Parameters
         ----------
@@ -108,7 +174,7 @@ class Scaling:
         """Return the window that a channel's own statistics give it."""
         if self.normalisation is Normalisation.NONE:
             return Window(0.0, 1.0)
-        if self.normalisation is Normalisation.ZSCORE:
+        if self.normalisation in (Normalisation.ZSCORE, Normalisation.ZSCORE_SLICEWISE):  # a picture is one slice
             return Window(channel.mean, _inverse(channel.std))
         if self.normalisation is Normalisation.RANGE:
             return _between(channel.minimum, channel.maximum)
@@ -120,6 +186,14 @@ class Scaling:
                 f"{min(missing):g}; take two of them, or ingest again where this version stores more"
             )
         return _between(known[low], known[high])
+
+
+class Measured(Protocol):
+    """An image whose intensities were measured."""
+
+    def windows(self, scaling: Scaling, /) -> Windows:
+        """Return what a network sees of each channel."""
+        ...
 
 
 def _between(low: float, high: float) -> Window:

@@ -32,6 +32,7 @@ class Normalisation(StrEnum):
     NONE = "none"  # intensities as they are
     DTYPE = "dtype"  # the range of the integers that the image is stored in becomes 0 to 1
     WINDOW = "window"  # given limits, in Hounsfield units, say, become 0 and 1; what is outside is clamped to them
+    ZSCORE_SLICEWISE = "zscore-slicewise"  # the z-score of each slice by itself, for 2-D networks
 
 
 @dataclass(frozen=True, slots=True)

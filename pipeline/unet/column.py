@@ -14,8 +14,9 @@ from torch import Tensor
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
+from pipeline.store.scaling import Windows, of_slices
 from pipeline.unet.engine import Engine
-from pipeline.unet.numbers import Pairs, Windows, exactly, normalised
+from pipeline.unet.numbers import Pairs, exactly, normalised
 from pipeline.unet.readout import Readout
 from pipeline.unet.streaming import Stream
 
@@ -46,7 +47,7 @@ class ColumnPredictor:
     Parameters
     ----------
     engine : its first axis is the streamed one
-    windows : of each channel; the network sees ``(intensity - offset) * scale`` within its limits, in float32
+    windows : of each channel of the scan; the network sees ``(intensity - offset) * scale`` within limits, in float32
     slab : rows that enter at once
     target_windows : of a linear head, as the model has them
     """
@@ -57,7 +58,7 @@ class ColumnPredictor:
         settings = engine.settings
         if len(windows) != settings.in_channels:
             raise ArgumentError(
-                f"a predictor needs {settings.in_channels} windows, got {windows}; give the model's own"
+                f"a predictor needs {settings.in_channels} windows, got {len(windows)}; give the model's own"
             )
         self.engine, self.windows, self.slab, self.precision = engine, windows, slab, precision
         self.readout = Readout(settings.head, target_windows)
@@ -93,10 +94,10 @@ class ColumnPredictor:
         """
         slices = core.ndim - self.engine.dims
         axis = slices + self.engine.order[0]
-        readout = self.readout
+        readout, windows = self.readout, of_slices(self.windows, core.start[0], core.stop[0])
         with_reals = probabilities or not readout.has_classes
         outputs = stream.run(
-            core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), slices),
+            core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), windows, slices),
             n_batch=core.shape[0] if slices else 1,
         )  # fmt: skip
         while True:
@@ -114,9 +115,9 @@ class ColumnPredictor:
             start[axis], stop[axis] = row, row + logits.shape[2]
             yield Rows(Box(tuple(start), tuple(stop)), classes, reals)
 
-    def _entering(self, raw: NDArray[Any], slices: int) -> Tensor:
+    def _entering(self, raw: NDArray[Any], windows: Windows, slices: int) -> Tensor:
         """Return voxels (channels, *image's axes) as the engine takes them: (batch, channels, *its axes)."""
-        x = normalised(raw, self.windows, device=self.engine.device).to(self.engine.dtype)
+        x = normalised(raw, windows, device=self.engine.device).to(self.engine.dtype)
         x = x.transpose(0, 1) if slices else x[None]
         x = x.permute(0, 1, *(2 + axis for axis in self.engine.order))
         return x.contiguous(memory_format=self.engine.memory_format)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +18,14 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
-from pipeline.store.scaling import Limits, Scaling, Window
-from pipeline.store.statistics import ChannelStatistics, Normalisation
+from pipeline.store.scaling import Limits, Measured, Scaling, Window, Windows
+from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 
-FORMAT = 2
-_FORMAT_OF_UNETS = 1  # what an older haloseg can read, too
+FORMAT = 3
+_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS = 1, 2  # what an older haloseg can read, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
@@ -93,7 +92,7 @@ class Model:
                 f"the tile rule must follow from the network, {expected}, got {self.rule}; save the model anew"
             )
         _check_weights(self.settings, self.weights)
-        _ = self.scaling
+        self.scaling.check_dims(self.settings.dims)
 
     @property
     def unet(self) -> UNetSettings:
@@ -102,10 +101,9 @@ class Model:
             raise ModelError("a network from elsewhere runs by tiles, got one to be streamed; leave --slab out")
         return self.settings
 
-    def windows(self, statistics: Sequence[ChannelStatistics], *, dtype: str) -> tuple[Window, ...]:
-        """Return what the network sees of each channel of an image of this dtype."""
-        same = tuple(Window(*each) for each in self.input_windows)
-        return same or self.scaling.windows(statistics, dtype=dtype)
+    def windows(self, image: Measured) -> Windows:
+        """Return what the network sees of each channel of an image."""
+        return tuple(Window(*each) for each in self.input_windows) or image.windows(self.scaling)
 
     def _check_target(self) -> None:
         n, scales = len(self.target_windows), [scale for _, scale in (*self.target_windows, *self.input_windows)]
@@ -192,12 +190,20 @@ def _document(content: bytes) -> dict[str, Any]:
 def _to_json(model: Model) -> dict[str, Any]:
     optional = {name: getattr(model, name) for name in _OPTIONAL_FIELDS if getattr(model, name)}
     return optional | {
-        "format": FORMAT if model.target_windows or isinstance(model.settings, ForeignSettings) else _FORMAT_OF_UNETS,
+        "format": _format_of(model),
         "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
         "voxel_size_um": model.voxel_size_um, "training": model.training,
         "rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
     }  # fmt: skip
+
+
+def _format_of(model: Model) -> int:
+    """Return the oldest format that has words for a model, so that an older haloseg refuses it as too new at most."""
+    if model.scaling.is_slicewise:
+        return FORMAT
+    other = model.target_windows or isinstance(model.settings, ForeignSettings)
+    return _FORMAT_OF_OTHERS if other else _FORMAT_OF_UNETS
 
 
 def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: str) -> Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -12,25 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.store.scaling import Window
+from pipeline.store.scaling import Windows, spread_out
 
-Windows = tuple[Window, ...]
 Pairs = tuple[tuple[float, float], ...]  # (offset, scale) of each channel
 
 
 def normalised(raw: NDArray[Any], windows: Windows, *, device: torch.device) -> Tensor:
-    """Return what the network sees, float32 on the device, of voxels (channels, ...); see ``Window``.
+    """Return what the network sees, float32 on the device, of voxels (channels, ...); see ``spread_out``.
 
     What float32 cannot hold is subtracted in float64.
     """
     fits = raw.dtype.itemsize <= 2 or raw.dtype == np.float32
     wide = torch.float32 if fits else torch.float64
     x = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("="))).to(device).to(wide)
-    every = [Window(*window) for window in windows]
-    columns = torch.tensor(every, dtype=wide, device=device).unbind(1)
-    offset, scale, low, high = (column.reshape(-1, *(1,) * (raw.ndim - 1)) for column in columns)
+    columns = spread_out(windows, n_axes=raw.ndim - 1)
+    offset, scale, low, high = (torch.from_numpy(each).to(device, wide) for each in columns)
     x = ((x - offset) * scale).to(torch.float32)
-    if any((window.low, window.high) != (-inf, inf) for window in every):
+    if np.isfinite(columns[2]).any() or np.isfinite(columns[3]).any():
         x.clamp_(low.to(torch.float32), high.to(torch.float32))
     return x
 

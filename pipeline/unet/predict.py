@@ -14,10 +14,11 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
+from pipeline.store.scaling import Windows, of_slices
 from pipeline.unet.engine import Engine
 from pipeline.unet.foreign.network import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last
-from pipeline.unet.numbers import Pairs, Windows, exactly, normalised
+from pipeline.unet.numbers import Pairs, exactly, normalised
 from pipeline.unet.readout import Readout
 
 log = logging.getLogger("haloseg")
@@ -34,7 +35,7 @@ class Predictor:
     ----------
     network : in eval mode, on ``device``; an engine runs the same network in its own way
     rule : along the network's axes
-    windows : of each channel; the network sees ``(intensity - offset) * scale`` within its limits, in float32
+    windows : of each channel of the scan; the network sees ``(intensity - offset) * scale`` within limits, in float32
     tile_shape : what enters the network, voxels along its axes; see ``choose_tile``
     device : "cpu" or "cuda"
     n_slices : slices that enter at once where a 2-D network runs over a volume
@@ -50,8 +51,8 @@ class Predictor:
         settings = network.settings
         if len(windows) != settings.in_channels or not rule.ndim == len(tile_shape) == settings.dims:
             raise ArgumentError(
-                f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {windows}, {rule} and "
-                f"tile {tile_shape}; give the model's own"
+                f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {len(windows)}, "
+                f"{rule} and tile {tile_shape}; give the model's own"
             )
         training = isinstance(network, UNet | ForeignNetwork) and network.training
         if training or n_slices < 1:
@@ -63,46 +64,45 @@ class Predictor:
         self._on_tile, self.readout = on_tile, Readout(settings.head, target_windows)
         self.core_shape, self.n_slices = rule.core_shape(tile_shape), n_slices
 
-    def segment(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return the classes of a block, uint8 of ``core_shape``.
+    def segment(self, raw: NDArray[Any], core: Box) -> NDArray[np.uint8]:
+        """Return the classes of a block, uint8 of ``core.shape``.
 
         Parameters
         ----------
         raw : shape (channels, *tile), any integers or floats: the block's core, rounded up to the stride, and its
             mirrored halo, as ``read_mirrored`` gives it for ``Block.tile``
-        core_shape : the clipped core; one axis more than the network's where it runs slice by slice
+        core : of the block, clipped to the scan; one axis more than the network's where it runs slice by slice
 
         Raises
         ------
         BudgetError : the device has not the memory for the smallest tile.
         """
-        classes = np.empty(core_shape, np.uint8)
-        self._fill(raw, core_shape, classes, None)
+        classes = np.empty(core.shape, np.uint8)
+        self._fill(raw, core, classes, None)
         return classes
 
     def segment_with_probabilities(
-        self, raw: NDArray[Any], core_shape: tuple[int, ...]
+        self, raw: NDArray[Any], core: Box
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return the classes of a block as ``segment`` does, and float32 probabilities (n_classes, *core_shape)."""
-        classes = np.empty(core_shape, np.uint8)
-        probabilities = np.empty((self.network.settings.n_classes, *core_shape), np.float32)
-        self._fill(raw, core_shape, classes, probabilities)
+        """Return the classes of a block as ``segment`` does, and float32 probabilities (n_classes, *core.shape)."""
+        classes = np.empty(core.shape, np.uint8)
+        probabilities = np.empty((self.network.settings.n_classes, *core.shape), np.float32)
+        self._fill(raw, core, classes, probabilities)
         return classes, probabilities
 
-    def values(self, raw: NDArray[Any], core_shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return what a linear head makes of a block, float32 (n_outputs, *core_shape), in the target's intensities."""
-        values = np.empty((self.network.settings.n_classes, *core_shape), np.float32)
-        self._fill(raw, core_shape, None, values)
+    def values(self, raw: NDArray[Any], core: Box) -> NDArray[np.float32]:
+        """Return what a linear head makes of a block, float32 (n_outputs, *core.shape), in the target's intensities."""
+        values = np.empty((self.network.settings.n_classes, *core.shape), np.float32)
+        self._fill(raw, core, None, values)
         return values
 
     def _fill(
-        self, raw: NDArray[Any], core_shape: tuple[int, ...], classes: NDArray[np.uint8] | None,
-        reals: NDArray[np.float32] | None,
+        self, raw: NDArray[Any], core: Box, classes: NDArray[np.uint8] | None, reals: NDArray[np.float32] | None
     ) -> None:
         """Fill the outputs; what a pass that ran out of device memory has left is written again."""
-        rule = self.rule.over_slices() if len(core_shape) == self.rule.ndim + 1 else self.rule
-        self._check(raw, rule=rule, core_shape=core_shape)
-        while not self._pass(raw, rule, core_shape, classes, reals):
+        rule = self.rule.over_slices() if core.ndim == self.rule.ndim + 1 else self.rule
+        self._check(raw, rule=rule, core_shape=core.shape)
+        while not self._pass(raw, rule, core, classes, reals):
             self._halve(slices=rule.ndim > self.rule.ndim)
 
     def _check(self, raw: NDArray[Any], *, rule: TileRule, core_shape: tuple[int, ...]) -> None:
@@ -115,16 +115,18 @@ class Predictor:
             raise ArgumentError(f"intensities must be integers or floats, got {raw.dtype}; convert the scan")
 
     def _pass(
-        self, raw: NDArray[Any], rule: TileRule, core_shape: tuple[int, ...], classes: NDArray[np.uint8] | None,
+        self, raw: NDArray[Any], rule: TileRule, block: Box, classes: NDArray[np.uint8] | None,
         reals: NDArray[np.float32] | None,
     ) -> bool:
         """Fill the outputs once; returns False where the device ran out of memory."""
         largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
         try:
             with torch.inference_mode(), exactly():
-                for core in rule.cores(core_shape, largest):
+                for core in rule.cores(block.shape, largest):
                     self._on_tile()
-                    logits = self._tile(raw, core, rule)
+                    first = block.start[0]
+                    windows = of_slices(self.windows, first + core.start[0], first + core.stop[0])
+                    logits = self._tile(raw, core, rule, windows)
                     if classes is not None:
                         classes[core.slices] = _to_scan(self.readout.classes(logits)[:, None], core)[0]
                     if reals is not None:
@@ -133,10 +135,10 @@ class Predictor:
             return False
         return True
 
-    def _tile(self, raw: NDArray[Any], core: Box, rule: TileRule) -> Tensor:
-        """Return the logits of one core, shape (slices or 1, classes, *network's axes)."""
+    def _tile(self, raw: NDArray[Any], core: Box, rule: TileRule, windows: Windows) -> Tensor:
+        """Return the logits of one core within the block, shape (slices or 1, classes, *network's axes)."""
         tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
-        x = normalised(raw[(slice(None), *tile.slices)], self.windows, device=self.device)
+        x = normalised(raw[(slice(None), *tile.slices)], windows, device=self.device)
         x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
         logits: Tensor = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
         inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)

@@ -23,9 +23,9 @@ from pipeline.store.arrays import open_array, shard_location, write_shard
 from pipeline.store.image import open_image
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
+from pipeline.store.scaling import Windows
 from pipeline.unet.engines import keep_freed_memory, make_engine
 from pipeline.unet.model import Model, build, build_unet, load_model
-from pipeline.unet.numbers import Windows
 from pipeline.unet.predict import Predictor
 
 
@@ -53,7 +53,7 @@ class Outputs:
         """Open image, model and outputs; freed memory is kept from now on."""
         keep_freed_memory()
         image, model = open_image(self.image), loaded(self.model, self.model_sha256)
-        windows = model.windows(image.statistics, dtype=image.dtype)
+        windows = model.windows(image)
         labels, reals = (open_array(each) if each else None for each in (self.labels, self.reals))
         return Opened(open_voxels(self.image / "0"), model, windows, labels, reals)
 
@@ -127,11 +127,11 @@ class SegmentBlocks:
         voxels = read_mirrored(state.image, block.tile)
         read = perf_counter()
         if state.labels is None:
-            reals = state.predictor.values(voxels, block.core.shape)
+            reals = state.predictor.values(voxels, block.core)
         elif state.reals is None:
-            classes = state.predictor.segment(voxels, block.core.shape)
+            classes = state.predictor.segment(voxels, block.core)
         else:
-            classes, reals = state.predictor.segment_with_probabilities(voxels, block.core.shape)
+            classes, reals = state.predictor.segment_with_probabilities(voxels, block.core)
         computed = perf_counter()
         self.outputs.write(state, block.core, classes, reals)
         written = perf_counter()

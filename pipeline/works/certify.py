@@ -97,9 +97,9 @@ class CertifyBoxes:
         voxels = read_mirrored(opened.image, wide.grow(self.rule.halo))
         inside = core.inside(wide)
         if opened.labels is None:
-            values = reference.values(voxels, wide.shape)[(slice(None), *inside)]
+            values = reference.values(voxels, wide)[(slice(None), *inside)]
             return self._of_values(opened, values, index, begin)
-        classes, likely = reference.segment_with_probabilities(voxels, wide.shape)
+        classes, likely = reference.segment_with_probabilities(voxels, wide)
         expected, got = likely[(slice(None), *inside)], self._by_engine(opened, core)
         ordered = np.sort(expected, axis=0)
         margin = ordered[-1] - ordered[-2] if len(ordered) > 1 else np.ones(core.shape)
@@ -138,7 +138,7 @@ class CertifyBoxes:
                 likely[(slice(None), *rows.box.inside(core))] = rows.reals
             return likely
         tile = core.round_up(self.rule.stride).grow(self.rule.halo)
-        _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core.shape)
+        _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core)
         return np.asarray(probabilities)
 
 

@@ -36,6 +36,7 @@ MEASURE = """
 import json, sys
 import numpy as np, torch
 from peaks import grown
+from pipeline.geometry.box import Box
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.onednn import OneDnnEngine
@@ -50,7 +51,7 @@ keep_freed_memory()
 run_by = OneDnnEngine(network, device="cpu") if engine == "fused" else network
 predictor = Predictor(run_by, rule, windows=((0.0, 1.0),), tile_shape=tile, device="cpu")
 def run(shape):
-    predictor.segment(np.ones((1, *shape), np.uint8), rule.core_shape(tuple(shape)))
+    predictor.segment(np.ones((1, *shape), np.uint8), Box.whole(rule.core_shape(tuple(shape))))
 run(small)
 print(grown(lambda: run(tile)))
 """

@@ -108,7 +108,7 @@ def test_files_of_others_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "format 3 is newer than 2"),
+        ({"format": 4}, "format 4 is newer than 3"),
         ({"format": "1"}, "no format number"),
         ({"extra": 1}, "entry must have"),
         ({"network": {**SETTINGS.to_json(), "width": 3}}, "tensor .* must be torch.float32 of shape"),
@@ -151,6 +151,20 @@ def test_limits_of_the_normalisation_are_kept_and_files_of_before_have_none(tmp_
     assert load_model(tmp_path / "before").scaling == Scaling(Normalisation.PERCENTILE)
     with pytest.raises(ArgumentError, match="limits belong to window"):
         a_model(normalisation=Normalisation.ZSCORE, limits=((0.0, 1.0),))
+
+
+def test_what_an_older_haloseg_has_no_word_for_has_a_newer_format(tmp_path):
+    for how, written in ((Normalisation.ZSCORE, 1), (Normalisation.ZSCORE_SLICEWISE, 3)):
+        save_model(a_model(normalisation=how), tmp_path / "m")
+        assert document_of((tmp_path / "m").read_bytes())["format"] == written
+        assert load_model(tmp_path / "m").normalisation is how
+
+
+def test_a_network_that_sees_several_slices_at_once_has_no_statistics_of_slices():
+    volumes = UNetSettings(dims=3, width=2, depth=1)
+    with pytest.raises(ArgumentError, match="sees slices one by one, got a 3-D one; use zscore"):
+        Model(volumes, ("a", "b"), (0, 1), Normalisation.ZSCORE_SLICEWISE, ("0",), None, closed_form_rule(volumes), {},
+              UNet(volumes).state_dict())  # fmt: skip
 
 
 def test_weights_that_are_not_finite_are_refused():

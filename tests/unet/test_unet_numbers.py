@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pipeline.geometry.box import Box
-from pipeline.store.scaling import Scaling, Window
+from pipeline.store.moments import Moments, PlaneSums
+from pipeline.store.scaling import Scaling, SliceWindows, Window
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
 from pipeline.unet.training.source import Source
@@ -32,6 +33,21 @@ def test_training_and_inference_see_the_same_numbers(how, dtype):
     np.testing.assert_allclose(inferred.numpy(), learnt, rtol=0, atol=2e-6)
     if how is Normalisation.WINDOW:
         assert learnt[1].max() == float(inferred[1].max()) == 1  # intensities go on to 199
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float64"])
+def test_training_and_inference_see_the_same_numbers_of_each_slice(dtype):
+    voxels = (np.random.default_rng(0).integers(0, 200, (2, 5, 6, 7)) // np.arange(1, 6)[:, None, None]).astype(dtype)
+    sums = PlaneSums(n_channels=2, n_planes=5)
+    sums.add(Moments.of(voxels, start=0))
+    windows, box = SliceWindows.of(sums.statistics()), Box((2, -3, 1), (4, 5, 9))
+    learnt = Source(voxels, voxels[0], windows, Box.whole((5, 6, 7))).intensities(box)
+    own = [[(c - c.mean()) / c.std() for c in channel[2:4].astype(np.float64)] for channel in voxels]
+    around = (*((0, 0),) * 2, (3, 0), (0, 2))
+    np.testing.assert_allclose(learnt, np.pad(own, around, mode="reflect")[:, :, :8, 1:], atol=1e-5)
+    raw = np.pad(voxels, around, mode="reflect")[:, 2:4, :8, 1:]
+    inferred = normalised(raw, windows.between(2, 4), device=torch.device("cpu"))
+    np.testing.assert_allclose(inferred.numpy(), learnt, rtol=0, atol=2e-6)
 
 
 def test_limits_hold_for_each_channel_alone():

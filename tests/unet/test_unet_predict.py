@@ -77,9 +77,9 @@ def tiled(net: UNet, scan, *, block_core, tile_core, n_slices=1):
     likely = np.full((net.settings.n_classes, *scan.shape[1:]), np.nan, np.float32)
     for block in BlockGrid(scan.shape[1:], block_core, over.halo, over.stride):
         raw = read_mirrored(scan, block.tile)
-        classes[block.core.slices], part = predictor.segment_with_probabilities(raw, block.core.shape)
+        classes[block.core.slices], part = predictor.segment_with_probabilities(raw, block.core)
         likely[(slice(None), *block.core.slices)] = part
-        assert np.array_equal(predictor.segment(raw, block.core.shape), classes[block.core.slices])
+        assert np.array_equal(predictor.segment(raw, block.core), classes[block.core.slices])
     return classes, likely
 
 
@@ -191,7 +191,7 @@ def test_tiles_off_the_stride_by_one_voxel_give_other_results(dims, padding):
     )
     for offset, same in ((12, True), (13, False)):
         core = Box((offset,) * dims, (offset + 16,) * dims)
-        classes, likely = predictor.segment_with_probabilities(read_mirrored(scan, core.grow(rule.halo)), core.shape)
+        classes, likely = predictor.segment_with_probabilities(read_mirrored(scan, core.grow(rule.halo)), core)
         difference = np.abs(likely - expected[(slice(None), *core.slices)]).max()
         flips = (classes != expected.argmax(0)[core.slices]).mean()
         assert (difference <= TOLERANCE and flips == 0) if same else (difference > 1e-3 and flips > 0.001)
@@ -204,7 +204,7 @@ def test_a_halo_that_is_smaller_by_one_stride_gives_other_results():
     expected = whole(net, scan, rule)[(slice(None), *core.slices)]
     for used, same in ((rule, True), (short, False)):
         predictor = Predictor(net, used, windows=WINDOWS[:1], tile_shape=used.tile_shape((16, 16)), device="cpu")
-        _, likely = predictor.segment_with_probabilities(read_mirrored(scan, core.grow(used.halo)), core.shape)
+        _, likely = predictor.segment_with_probabilities(read_mirrored(scan, core.grow(used.halo)), core)
         difference = np.abs(likely - expected).max()
         assert difference <= TOLERANCE if same else difference > 1e-3
 
@@ -219,7 +219,7 @@ def test_tiles_on_a_gpu_give_what_the_whole_gives_on_a_cpu(dtype):
     expected = whole(net, scan, rule)
     raw = read_mirrored(scan, core.round_up(rule.stride).grow(rule.halo))
     predictor = Predictor(net.cuda(), rule, windows=WINDOWS[:1], tile_shape=rule.tile_shape((64, 48)), device="cuda")
-    _, likely = predictor.segment_with_probabilities(raw, core.shape)
+    _, likely = predictor.segment_with_probabilities(raw, core)
     assert np.abs(likely - expected).max() <= TOLERANCE
 
 
@@ -230,7 +230,7 @@ def test_large_intensities_keep_their_small_differences(dtype):
     low = read_mirrored(scan_of((16, 16)), Box((-8, -8), (24, 24))).astype(dtype)
     results = [
         Predictor(net, rule, windows=((100.0 + base, 0.02),), tile_shape=(32, 32), device="cpu")
-        .segment_with_probabilities(low + dtype(base), (16, 16))[1]
+        .segment_with_probabilities(low + dtype(base), Box.whole((16, 16)))[1]
         for base in (0, 2**31)
     ]
     assert np.array_equal(*results)
@@ -261,14 +261,14 @@ def test_out_of_memory_halves_the_tiles_and_changes_nothing(slices):
     expected = whole(net, scan, rule)
     hungry = Hungry(2500)
     with net.register_forward_pre_hook(hungry):
-        classes, likely = predictor.segment_with_probabilities(raw, shape)
+        classes, likely = predictor.segment_with_probabilities(raw, core)
         assert predictor.rule.tile_shape(predictor.core_shape) == (48, 52)
         hungry.seen.clear()
-        assert np.array_equal(predictor.segment(raw, shape), classes)
+        assert np.array_equal(predictor.segment(raw, core), classes)
         assert max(hungry.seen) <= 2500  # what was learnt about the device is kept
     assert np.abs(likely - expected).max() <= TOLERANCE
     with net.register_forward_pre_hook(Hungry(1)), pytest.raises(BudgetError, match=r"smallest tile \(44, 44\)"):
-        predictor.segment(raw, shape)
+        predictor.segment(raw, core)
 
 
 def test_what_does_not_fit_is_refused():
@@ -283,8 +283,8 @@ def test_what_does_not_fit_is_refused():
         Predictor(UNet(net.settings), rule, **good)
     predictor = Predictor(net, rule, **good)
     with pytest.raises(ArgumentError, match=r"got \(1, 16, 16\); read Block.tile"):
-        predictor.segment(np.zeros((1, 16, 16)), (16, 16))
+        predictor.segment(np.zeros((1, 16, 16)), Box.whole((16, 16)))
     with pytest.raises(ArgumentError, match=r"needs voxels of shape"):
-        predictor.segment(np.zeros((1, 1, 1, 32, 32)), (1, 1, 16, 16))
+        predictor.segment(np.zeros((1, 1, 1, 32, 32)), Box.whole((1, 1, 16, 16)))
     with pytest.raises(ArgumentError, match="must be integers or floats, got complex64"):
-        predictor.segment(np.zeros((1, 32, 32), np.complex64), (16, 16))
+        predictor.segment(np.zeros((1, 32, 32), np.complex64), Box.whole((16, 16)))

@@ -167,6 +167,7 @@ MEASURE = """
 import json, sys
 import numpy as np
 from peaks import grown
+from pipeline.geometry.box import Box
 from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.model import build, load_model
 from pipeline.unet.predict import Predictor
@@ -176,7 +177,7 @@ model = load_model(path)
 keep_freed_memory()
 predictor = Predictor(build(model, "cpu"), model.rule, windows=((0.0, 1.0),), tile_shape=tile, device="cpu")
 def run(shape):
-    predictor.segment(np.ones((1, *shape), np.uint8), model.rule.core_shape(tuple(shape)))
+    predictor.segment(np.ones((1, *shape), np.uint8), Box.whole(model.rule.core_shape(tuple(shape))))
 run(model.rule.tile_shape(model.rule.stride))
 print(grown(lambda: run(tile)))
 """

@@ -137,10 +137,13 @@ def _scale(model: Model, axis: int) -> dict[str, Any]:
 
 
 def _preprocessing(model: Model) -> list[dict[str, Any]]:
-    """Return the normalisation; over the whole image, if the reader of the package has it whole."""
+    """Return the normalisation; over the whole image, if the reader of the package has it whole.
+
+    What a 2-D package calls an image is one slice, so of it alone.
+    """
     each = {"axes": list(_axes(model)), "eps": EPS}
     match model.normalisation:
-        case Normalisation.ZSCORE:
+        case Normalisation.ZSCORE | Normalisation.ZSCORE_SLICEWISE:
             return [{"id": "zero_mean_unit_variance", "kwargs": each}]
         case Normalisation.PERCENTILE:
             low, high = _percentiles(model)
@@ -184,7 +187,7 @@ def _normalised(raw: NDArray[np.float32], model: Model) -> NDArray[np.float32]:
     space, how = tuple(range(2, raw.ndim)), model.normalisation
     if how is Normalisation.NONE:
         return raw
-    if how is Normalisation.ZSCORE:
+    if how in (Normalisation.ZSCORE, Normalisation.ZSCORE_SLICEWISE):
         low, width = raw.mean(space, np.float64, keepdims=True), raw.std(space, np.float64, keepdims=True)
     elif how is Normalisation.WINDOW:
         ((least, most),) = model.limits
@@ -206,13 +209,13 @@ def _ours(model: Model) -> dict[str, Any]:
 
 
 def _readme(model: Model, name: str) -> str:
-    rule, settings = model.rule, model.settings
+    rule, settings, whole = model.rule, model.settings, "slice" if model.scaling.is_slicewise else "image"
     return f"""# {name}
 
 A {settings.dims}-D network with {settings.in_channels} input channels and the classes {", ".join(model.classes)}.
 
 Its weights give probabilities. Intensities are normalised ({model.normalisation.value}) by statistics of the whole
-image, not of each tile. Tiles are exact, and show no seams, with a stride of {rule.stride} voxels, a halo of
+{whole}, not of each tile. Tiles are exact, and show no seams, with a stride of {rule.stride} voxels, a halo of
 {rule.halo} voxels around each core, mirrored outside the image, and {rule.trim} voxels cropped from each side of the
 output; this was measured.
 

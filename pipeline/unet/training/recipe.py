@@ -62,9 +62,9 @@ class Recipe:
     deep_supervision : of unet++: the loss is the mean over the outputs of all depths
     poolings : for thick slices, such as [[1, 2, 2], [1, 2, 2], [2, 2, 2]], finest level first: by how much each
         pooling divides the resolution along z, y and x; depth and dims follow from it, and patches are flat; empty: 2
-    normalisation : of intensities, by the statistics of each image, its dtype, or a fixed window;
-        l1 and l2 take zscore, by the statistics of all together
-    window : of the normalisation window, such as [-160, 240], or one pair for each channel; see Normalisation
+    normalisation : of intensities, by the statistics of each image, or of each slice, its dtype, or a fixed window; see
+        Normalisation; l1 and l2 take zscore, by the statistics of all together
+    window : of the normalisation window, such as [-160, 240], or one pair for each channel
     percentiles : of the normalisation percentile, two that ingest stores, such as [0.5, 99.5]; empty: 1 and 99
     voxel_size_um : [z, y, x] or [y, x] that the network is to see, whatever the images have; a 2-D network takes slices
         of volumes as they lie; empty: as they are, all about the same

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import Sliceable, read_mirrored
-from pipeline.store.scaling import Window
+from pipeline.store.scaling import Windows, of_slices, spread_out
 from pipeline.unet.training.resampled import Steps, seen_region
 from pipeline.unet.training.targets import Target
 
@@ -30,7 +30,7 @@ class Source:
 
     image: Sliceable
     labels: Sliceable
-    windows: tuple[Window, ...]
+    windows: Windows
     region: Box
     borders: Sliceable | None = None
     steps: Steps = ()
@@ -44,7 +44,7 @@ class Source:
     def intensities(self, box: Box) -> NDArray[np.float32]:
         """Return what the network sees of a box of the image's voxels, mirrored outside it, (channels, *box.shape)."""
         raw = read_mirrored(self.image, box)
-        columns = np.array([Window(*window) for window in self.windows]).T
-        offset, scale, low, high = columns.reshape(4, -1, *(1,) * box.ndim)
+        windows = of_slices(self.windows, box.start[0], box.stop[0])
+        offset, scale, low, high = spread_out(windows, n_axes=box.ndim)
         x: NDArray[np.float32] = np.clip((raw.astype(np.float64) - offset) * scale, low, high).astype(np.float32)
         return x
