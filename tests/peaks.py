@@ -10,8 +10,8 @@ from pathlib import Path
 def grown(run):
     """Return by how many bytes ``run`` raises this process's own resident memory, by the kernel's high-water mark.
 
-    The mark counts since the process began: ``run`` must need more than anything before it did. Pages of libraries, which
-    a forked process maps anew as they are called, are not counted.
+    The mark counts since the process began: ``run`` must need more than anything before it did. Pages of libraries,
+    which a forked process maps anew as they are called, are not counted.
     """
     before, mapped = resident("VmRSS"), resident("RssFile")
     run()
