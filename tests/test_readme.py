@@ -16,6 +16,8 @@ from volumes import model_file, scan_file
 from pipeline.cli import main
 from pipeline.ingest import ingest, ingest_labels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = ".venv/bin/haloseg"
 QUICKLY = {"train": ["--minutes", "0.02"]}
