@@ -9,6 +9,17 @@ from objects import environment, new_bucket, object_server
 import pipeline.unet  # noqa: F401 settles how torch's threads wait, before a test module imports torch
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Have torch compute in one thread: on tiny networks, and a busy machine, threads wait for each other above all."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Return the folder of real scans with their truth; see HALOSEG_DATA in the README."""

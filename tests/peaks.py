@@ -1,4 +1,4 @@
-"""What tests of memory share; they measure in a process of its own: ``measured(program, arguments)``."""
+"""What tests of memory share; they measure in processes of their own."""
 
 import json
 import os
@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def grown(run):
-    """Return by how many bytes ``run`` raises this process's resident memory, by the kernel's own high-water mark.
+    """Return by how many bytes ``run`` raises this process's own resident memory, by the kernel's high-water mark.
 
-    The mark counts since the process began: ``run`` must need more than anything before it did.
+    The mark counts since the process began: ``run`` must need more than anything before it did. Pages of libraries,
+    which a forked process maps anew as they are called, are not counted.
     """
-    before = resident("VmRSS")
+    before, mapped = resident("VmRSS"), resident("RssFile")
     run()
-    return resident("VmHWM") - before
+    return resident("VmHWM") - before - (resident("RssFile") - mapped)
 
 
 def resident(field):
@@ -23,8 +24,28 @@ def resident(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measured(program, arguments):
-    """Run a program, which finds the arguments as JSON in ``sys.argv[1]``, and return the number that it prints."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", program, json.dumps(arguments)]
-    return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+def each_measured(program, arguments, *, n_small=0):
+    """Run a program, and return the number that its ``measure`` gives for each of the arguments.
+
+    Each in a process of its own, which is forked from one that has imported what the program does and has done nothing
+    else: its heap is fresh, and so is the kernel's mark. Where tensors come to lie on it depends on the small objects
+    that were there before, which are the same every time, and ``n_small`` thousands more.
+    """
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", program + _FORK, json.dumps(arguments), str(n_small)]
+    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == len(arguments)
+    return [int(line) for line in lines]
+
+
+_FORK = """
+import os
+small = [bytes(48) for _ in range(1000 * int(sys.argv[2]))]
+for each in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        print(measure(*each), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+import pytest
 import tifffile
 import torch
 from volumes import model_file, scan_file
 
+from pipeline.cli import main
 from pipeline.ingest import ingest, ingest_labels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = ".venv/bin/haloseg"
@@ -20,29 +24,42 @@ QUICKLY = {"train": ["--minutes", "0.02"]}
 LEAST_DICE = {"boundary": 0.75, "interior": 0.92}
 
 
-def run(arguments, folder):
-    """Run haloseg in a folder, with a Prefect home of its own; return its document."""
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Return what runs haloseg in this test's folder and returns its document."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments):
+        code, printed = main([*arguments, "--json"]), capsys.readouterr()
+        assert code == 0, printed.err
+        return json.loads(printed.out)
+
+    return run
+
+
+def demo(folder):
+    """Run the demo as a user does, with a Prefect home of its own; return its document."""
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments, "--json"], check=False, cwd=folder, capture_output=True,
+        [sys.executable, "-m", "pipeline.cli", "demo", "demo", "--json"], check=False, cwd=folder, capture_output=True,
         text=True, env=os.environ | {"PREFECT_HOME": str(folder / "prefect")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_every_command_of_the_readme_runs_in_its_order(tmp_path):
+def test_every_command_of_the_readme_runs_in_its_order(tmp_path, run):
     lines = [line.strip() for line in README.read_text().splitlines() if line.strip().startswith(f"{COMMAND} ")]
     assert len(lines) >= 8
     voxels = scan_file(tmp_path / "scan.tif", (4, 160, 150))
     tifffile.imwrite(tmp_path / "truth.tif", (voxels > 128).astype(np.uint8) * 255, photometric="minisblack")
     (tmp_path / "quick.toml").write_text("steps = 60\nvalidate_every = 30\npatch = 64\nbatch = 4\n")
     quick = [line.replace("--minutes 30", "--minutes 30 --recipe quick.toml") for line in lines]
-    documents = [run(shlex.split(line)[1:], tmp_path) for line in quick]
+    documents = [run(shlex.split(line)[1:]) for line in quick]
     assert documents[-2]["mean_dice"] > 0.5
     assert documents[-1]["labels"] == ["cells", "truth"]
 
 
-def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path):
+def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path, run):
     lines = [shlex.split(line) for line in README.read_text().splitlines() if line.startswith("    haloseg ")]
     assert [line[1] for line in lines] == ["train", "train", "import"]
     for name in ("scan", "more"):
@@ -53,14 +70,15 @@ def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path):
     (tmp_path / "my.toml").write_text("patch = 64\n")
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Softmax(dim=1)).eval()
     torch.export.save(torch.export.export(network, (torch.randn(1, 1, 128, 128),)), tmp_path / "network.pt2")
-    learnt, _, imported = (run([*verb, *QUICKLY.get(verb[0], [])], tmp_path) for _, *verb in lines)
+    learnt, _, imported = (run([*verb, *QUICKLY.get(verb[0], [])]) for _, *verb in lines)
     assert learnt["model"] == "models/cells/1.safetensors"
     assert imported["classes"] == ["background", "wall", "cell"]
     assert imagecodecs.imread(tmp_path / "patches.png").ndim == 3
-    assert segmented_by("cells.safetensors", tmp_path) == segmented_by("cells", tmp_path) == 2 * 96 * 90
+    for name, model in (("by-path", "cells.safetensors"), ("by-name", "cells")):
+        assert run(["segment", "scan.zarr", "--model", model, "--name", name])["voxels"] == 2 * 96 * 90
 
 
-def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path):
+def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path, run):
     text = " ".join(README.read_text().split())
     verbs = r"`(?:haloseg )?((?:train|segment|evaluate|export|import) [^`]+)`"
     lines = [line for line in map(shlex.split, re.findall(verbs, text)) if "..." not in line]
@@ -70,24 +88,18 @@ def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path):
         scan_file(tmp_path / f"{name}.tif", (2, 96, 90), seed=seed)
         ingest(str(tmp_path / f"{name}.tif"), str(tmp_path / f"{name}.zarr"))
     model_file(tmp_path / "cells.safetensors")
-    _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])], tmp_path) for line in named[:-1])
+    _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])]) for line in named[:-1])
     assert (tmp_path / "noisy.zarr" / "predictions" / "clean").samefile(written["prediction"])
     assert compared["rmse"] >= compared["mae"] > 0
     (tmp_path / packed["package"]).rename(tmp_path / named[-1][1])
-    assert run(named[-1], tmp_path)["network"]["source"] == "bioimage.io package haloseg cells"
-
-
-def segmented_by(model, folder):
-    """Return how many voxels the model has segmented."""
-    name = Path(model).stem + str(len(model))
-    return run(["segment", "scan.zarr", "--model", model, "--name", name], folder)["voxels"]
+    assert run(named[-1])["network"]["source"] == "bioimage.io package haloseg cells"
 
 
 def test_the_demo_segments_as_a_network_that_has_learned(tmp_path):
-    document = run(["demo", "demo"], tmp_path)
+    document = demo(tmp_path)
     dice = {each["class"]: each["dice"] for each in document["classes"]}
     assert document["blocks_run"] == document["blocks"] == 18
     assert all(dice[name] >= least for name, least in LEAST_DICE.items()), dice
     assert imagecodecs.imread(tmp_path / "demo" / "picture.png").shape[2] == 3
-    again = run(["demo", "demo"], tmp_path)
+    again = demo(tmp_path)
     assert (again["blocks_run"], again["classes"]) == (0, document["classes"])

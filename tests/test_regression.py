@@ -40,6 +40,7 @@ from pipeline.unet.training.recipe import Recipe
 from pipeline.verify import verify
 from pipeline.works.certify import VALUE_TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = (500.0, 0.01)
 LINEAR = {"head": Head.LINEAR, "n_classes": 1}
 CASES = {

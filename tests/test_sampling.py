@@ -25,6 +25,7 @@ from pipeline.unet.training.losses import Loss
 from pipeline.unet.training.patches import IGNORED
 from pipeline.unet.training.warp import batch_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WARPED = Augmentation(rotation_degrees=180, scale=0.2, elastic_sigma_voxels=1)
 SAME = replace(RECIPE, normalisation=Normalisation.WINDOW, window=((0.0, 2000.0),))
 QUICK = replace(SAME, steps=2, validate_every=2)

@@ -26,13 +26,13 @@ from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, c
 from pipeline.works.columns import SegmentColumns
 
 CASES = {
-    "3-D same": ((33, 37, 20), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1)),
+    "3-D same": ((33, 34, 20), UNetSettings(dims=3, width=2, depth=2, padding=Padding.SAME, n_convs=1)),
     "3-D valid BatchNorm": (
-        (17, 40, 20), UNetSettings(dims=3, width=2, depth=1, padding=Padding.VALID, batch_norm=True)
+        (9, 36, 15), UNetSettings(dims=3, width=2, depth=1, padding=Padding.VALID, batch_norm=True)
     ),
-    "2-D valid": ((150, 131), UNetSettings(dims=2, width=2, depth=3, padding=Padding.VALID)),
+    "2-D valid": ((110, 131), UNetSettings(dims=2, width=2, depth=3, padding=Padding.VALID)),
     "2-D same, 3 classes": (
-        (100, 77), UNetSettings(dims=2, width=3, depth=2, n_classes=3, padding=Padding.SAME, batch_norm=True)
+        (70, 77), UNetSettings(dims=2, width=3, depth=2, n_classes=3, padding=Padding.SAME, batch_norm=True)
     ),
     "2-D over a volume": ((5, 60, 41), UNetSettings(dims=2, width=2, depth=2, padding=Padding.SAME)),
     "thick slices": (
@@ -43,7 +43,7 @@ CASES = {
         (50, 37), UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, attention=True, block=Block.RESIDUAL)
     ),
     "V-Net": (
-        (13, 21, 18), UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, n_convs=1, kernel=5,
+        (7, 21, 12), UNetSettings(dims=3, width=2, depth=1, padding=Padding.SAME, n_convs=1, kernel=5,
                                    block=Block.RESIDUAL, down=Down.STRIDED, batch_norm=True),
     ),
     "U-Net++": (
@@ -72,8 +72,8 @@ def test_labels_and_probabilities_are_those_of_the_whole_scan(tmp_path, shape, s
     smallest = rule.tile_shape(rule.stride)
     expected = whole_scan(voxels[None], model, open_image(image).statistics)
     schemes = {
-        "columns": Scheme(), "thin": Scheme(slab=settings.stride, column=(1,) * n),
-        "tiles": Scheme(tile=smallest), "reference": Scheme(tile=smallest, engine=EngineName.REFERENCE),
+        "columns": Scheme(), "thin": Scheme(slab=settings.stride, column=(1,) * n), "tiles": Scheme(tile=smallest),
+        "reference": Scheme(tile=rule.tile_shape(tuple(2 * s for s in rule.stride)), engine=EngineName.REFERENCE),
         "chosen": Scheme(engine=EngineName.REFERENCE),
     }  # fmt: skip
     assert plan_segment(image, model=model, name="x").columns is not None
@@ -214,7 +214,7 @@ def stopping_after(n_blocks):
 def test_a_killed_process_group_goes_on_where_it_was(tmp_path):
     _, image, model = prepared(tmp_path, (96, 112, 112), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
     command = [sys.executable, "-m", "pipeline.cli", "segment", image, "--model", model, "--json", "--workers", "2"]
-    subprocess.run([*command, "--name", "undisturbed"], check=True, capture_output=True)
+    segment(plan_segment(image, model=model, name="undisturbed"), run=run_serial)
     victim = subprocess.Popen([*command, "--name", "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               start_new_session=True)  # fmt: skip
     shards = Location(f"{image}/labels/killed/0/c")
@@ -305,7 +305,7 @@ def test_blocks_run_in_another_folder_whatever_path_was_given(tmp_path, monkeypa
 def test_a_killed_worker_costs_nothing_but_time(tmp_path):
     _, image, model = prepared(tmp_path, (64, 96, 96), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
     command = [sys.executable, "-m", "pipeline.cli", "segment", image, "--model", model, "--json", "--name"]
-    subprocess.run([*command, "undisturbed", "--workers", "1"], check=True, capture_output=True)
+    segment(plan_segment(image, model=model, name="undisturbed"), run=run_serial)
     run = subprocess.Popen([*command, "killed", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     shards = Location(f"{image}/labels/killed/0/c")
     deadline = time.monotonic() + 60

@@ -35,6 +35,7 @@ from pipeline.unet.training.batches import draw_batch
 from pipeline.unet.training.losses import Loss
 from pipeline.unet.training.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import measured
+from peaks import each_measured
 
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.store.statistics import Normalisation
@@ -43,41 +43,56 @@ from pipeline.unet.onednn import OneDnnEngine
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import UNetSettings, closed_form_rule
 
-document, small, tile, engine = json.loads(sys.argv[1])
-settings = UNetSettings.from_json(document)
-network = UNet(settings).eval().to(memory_format=channels_last(settings.dims))
-rule = closed_form_rule(settings)
-keep_freed_memory()
-run_by = OneDnnEngine(network, device="cpu") if engine == "fused" else network
-predictor = Predictor(run_by, rule, windows=((0.0, 1.0),), tile_shape=tile, device="cpu")
-def run(shape):
-    predictor.segment(np.ones((1, *shape), np.uint8), Box.whole(rule.core_shape(tuple(shape))))
-run(small)
-print(grown(lambda: run(tile)))
+def measure(document, small, tile, engine):
+    settings = UNetSettings.from_json(document)
+    network = UNet(settings).eval().to(memory_format=channels_last(settings.dims))
+    rule = closed_form_rule(settings)
+    keep_freed_memory()
+    run_by = OneDnnEngine(network, device="cpu") if engine == "fused" else network
+    predictor = Predictor(run_by, rule, windows=((0.0, 1.0),), tile_shape=tile, device="cpu")
+    def run(shape):
+        predictor.segment(np.ones((1, *shape), np.uint8), Box.whole(rule.core_shape(tuple(shape))))
+    run(small)
+    return grown(lambda: run(tile))
 """
+MEASURED = [
+    (UNetSettings(dims=2, width=32, depth=3), (668, 668)),
+    (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True), (1024, 1024)),
+    (UNetSettings(dims=3, width=8, depth=2, padding=Padding.SAME, batch_norm=True), (96, 96, 96)),
+    (UNetSettings(dims=3, width=8, depth=2), (108, 108, 108)),
+    (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL,
+                  attention=True), (768, 768)),
+    (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.NESTED, deep_supervision=True),
+     (640, 640)),
+    (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.FCN), (768, 768)),
+]  # fmt: skip
+CASES = {(*case, engine): "-".join((name_of(case[0]), case[0].padding, engine)) for case in MEASURED
+         for engine in ("reference", "fused")}  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["reference", "fused"])
-@pytest.mark.parametrize(
-    ("network", "tile"),
-    [
-        (UNetSettings(dims=2, width=32, depth=3), (668, 668)),
-        (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True), (1024, 1024)),
-        (UNetSettings(dims=3, width=8, depth=2, padding=Padding.SAME, batch_norm=True), (96, 96, 96)),
-        (UNetSettings(dims=3, width=8, depth=2), (108, 108, 108)),
-        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, batch_norm=True, block=Block.RESIDUAL,
-                      attention=True), (768, 768)),
-        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.NESTED, deep_supervision=True),
-         (640, 640)),
-        (UNetSettings(dims=2, width=16, depth=3, padding=Padding.SAME, family=Family.FCN), (768, 768)),
-    ],
-    ids=lambda v: f"{name_of(v)}-{v.padding}" if isinstance(v, UNetSettings) else "",
-)
-def test_predicted_peak_bounds_the_measured_one(network, tile, engine):
-    small = closed_form_rule(network).tile_shape((network.stride,) * network.dims)
-    ratio = measured(MEASURE, [network.to_json(), small, tile, engine]) / (peak_bytes(network, tile) - weights(network))
-    print(f"measured / predicted = {ratio:.2f}")
-    assert 0.45 < ratio < 1.05  # a bound: it was 0.49 to 0.95
+def measured(cases, **heap):
+    """Return by how many bytes memory grows in each case."""
+    return each_measured(MEASURE, [
+        [network.to_json(), closed_form_rule(network).tile_shape((network.stride,) * network.dims), tile, engine]
+        for network, tile, engine in cases
+    ], **heap)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def all_grown():
+    return dict(zip(CASES, measured(CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASES.values())
+def test_predicted_peak_bounds_the_measured_one(case, all_grown):
+    network, tile, _ = case
+    grown = [all_grown[case]]
+    predicted = peak_bytes(network, tile) - weights(network)
+    for n_small in (1, 2, 3):  # on some heaps tensors lie better: it is the worst that is predicted
+        if max(grown) <= 0.45 * predicted:
+            grown += measured([case], n_small=n_small)
+    print(f"measured / predicted = {[round(each / predicted, 2) for each in grown]}")
+    assert 0.45 < max(grown) / predicted < 1.05  # a bound: it was 0.49 to 0.95
 
 
 def test_peak_counts_what_waits_for_its_level():

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ArgumentError, BudgetError
@@ -24,7 +24,8 @@ TOLERANCE = 1e-5
 def trained(network: UNetSettings, seed: int) -> UNet:
     """Return a network with the statistics of training made up, classes about equally frequent, and moderate logits.
 
-    Rounding in float32 grows with the logits: with a deviation of 7, as He's weights give at depth 4, it is 1.3e-5.
+    Rounding in float32 grows with the logits: with a deviation of 7, as He's weights give at depth 4, it is 1.3e-5. So
+    it does where most of a network is dead, and its logits, nearly all alike, have a few of 12 deviations.
     """
     torch.manual_seed(seed)
     net = UNet(network).eval().requires_grad_(False)
@@ -37,9 +38,11 @@ def trained(network: UNetSettings, seed: int) -> UNet:
     tile = closed_form_rule(network).tile_shape((4 * network.stride,) * network.dims)
     logits = net(torch.randn(1, network.in_channels, *tile))
     by_channel = logits.transpose(0, 1).flatten(1)
-    scale = 2 / by_channel.std().clamp(min=1e-3)
+    middle = by_channel.median(1).values
+    farthest = (by_channel - middle[:, None]).abs().max()
+    scale = min(2 / by_channel.std().clamp(min=1e-3), 10 / farthest.clamp(min=1e-3))
     net.head.weight *= scale
-    net.head.bias.copy_(-(by_channel.median(1).values * scale))
+    net.head.bias.copy_(-(middle * scale))
     return net
 
 
@@ -119,19 +122,26 @@ def cores(draw, stride, *, most):
     return tuple(s * draw(st.integers(1, most)) for s in stride)
 
 
+def shapes(draw, block_core, *, most):
+    """Draw a shape of any size up to ``most``, and of few blocks: what lies in the middle of many is all alike."""
+    return tuple(draw(st.integers(1, min(most, 4 * n + n // 2))) for n in block_core)
+
+
 DTYPES = st.sampled_from([np.uint8, np.uint16, np.int16, np.uint32, np.float32, np.float64, ">u2"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_tiled_is_whole_for_slides(data):
     network = data.draw(networks(dims=2, largest_depth=3))
     net, rule = trained(network, data.draw(st.integers(0, 9))), closed_form_rule(network)
-    shape = tuple(data.draw(st.integers(1, 61)) for _ in range(2))
-    scan = scan_of(shape, channels=network.in_channels, dtype=data.draw(DTYPES))
     block_core, tile_core = (cores(data.draw, rule.stride, most=8 >> network.depth >> 1 or 2) for _ in range(2))
+    shape = shapes(data.draw, block_core, most=61)
+    scan = scan_of(shape, channels=network.in_channels, dtype=data.draw(DTYPES))
     got = tiled(net, scan, block_core=block_core, tile_core=tile_core)
-    assert_equal(net, got, whole(net, scan, rule))
+    expected = whole(net, scan, rule)
+    assume(undecided(net, expected).mean() < 0.5)  # a dead network has classes by rounding alone
+    assert_equal(net, got, expected)
 
 
 @settings(max_examples=14, deadline=None)
@@ -144,7 +154,9 @@ def test_tiled_is_whole_for_volumes(data):
     scan = scan_of(shape, channels=network.in_channels, dtype=data.draw(DTYPES))
     block_core, tile_core = (cores(data.draw, rule.stride, most=4 // network.depth) for _ in range(2))
     got = tiled(net, scan, block_core=block_core, tile_core=tile_core)
-    assert_equal(net, got, whole(net, scan, rule))
+    expected = whole(net, scan, rule)
+    assume(undecided(net, expected).mean() < 0.5)  # a dead network has classes by rounding alone
+    assert_equal(net, got, expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -157,7 +169,9 @@ def test_tiled_is_whole_for_slices_of_volumes(data):
     block_core = (data.draw(st.integers(1, 4)), *cores(data.draw, rule.stride, most=5))
     tile_core = cores(data.draw, rule.stride, most=5)
     got = tiled(net, scan, block_core=block_core, tile_core=tile_core, n_slices=data.draw(st.integers(1, 3)))
-    assert_equal(net, got, whole(net, scan, rule))
+    expected = whole(net, scan, rule)
+    assume(undecided(net, expected).mean() < 0.5)  # a dead network has classes by rounding alone
+    assert_equal(net, got, expected)
 
 
 @pytest.mark.parametrize("padding", Padding)
