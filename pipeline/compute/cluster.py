@@ -138,8 +138,8 @@ def open_runner(
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
         client.forward_logging("haloseg")
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
-        losses.listen(client)
-        yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
+        with losses.listening(client):
+            yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
 
 
 @contextmanager
