@@ -9,6 +9,8 @@ out its time among them. A limit that the server does not have limits nothing.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -58,6 +60,8 @@ def _enter(stack: ExitStack, names: list[str]) -> None:
     begin, told, log = monotonic(), False, get_run_logger()
     run_id = flow_run.get_id()
     holder = ConcurrencyLeaseHolder(type="flow_run", id=UUID(run_id)) if run_id else None
+    # Never taken away: the line comes from another thread, perhaps after the waiting is over.
+    logging.getLogger("prefect._internal.concurrency").addFilter(_is_news)
     while True:
         if given_up().is_set():
             raise GivenUpError
@@ -72,6 +76,12 @@ def _enter(stack: ExitStack, names: list[str]) -> None:
                 told = True
     if told:
         log.info("got the slot after %.0f s", monotonic() - begin)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Prefect's log is not about a try that ended without a slot, an ERROR of 3.8.8 each time."""
+    told = "ConcurrencySlotAcquisitionWithLeaseService" in record.getMessage()
+    return not (told and isinstance(sys.exception(), TimeoutError))
 
 
 def _exists(name: str) -> bool:

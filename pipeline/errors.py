@@ -9,7 +9,7 @@ Each message is one line that says the rule, the value that was got, and the rem
     │   ├── ModelError      not a model file, damaged, or not fit for this image
     │   ├── StoreError      an image or label volume that is missing, incomplete, or of another run, or a bucket
     │   ├── BudgetError     not even the smallest tile fits the memory budget
-    │   └── ClusterError    no scheduler or no worker can be reached
+    │   └── ClusterError    no scheduler or no worker can be reached, or versions differ
     └── RunError            the run began and did not finish: what was done is kept       (exit code 1)
         ├── QuarantineError some blocks failed again and again; the rest is done
         ├── TakenError      another run is at the same scan
@@ -47,7 +47,7 @@ class BudgetError(InputError):
 
 
 class ClusterError(InputError):
-    """No scheduler or no worker can be reached."""
+    """No scheduler or no worker can be reached, or workers have other versions."""
 
 
 class RunError(PipelineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,13 +27,14 @@ class Processes:
             time.sleep(0.05)
         self.address = json.loads(self._file.read_text())["address"]
 
-    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+    def worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
         where = ("--local-directory", self._folder, "--no-dashboard", "--memory-limit", "0")
-        return self._start("worker", self.address, *where, *options)
+        return self._start("worker", self.address, *where, *options, **environment)
 
-    def _start(self, what: str, *options: object) -> subprocess.Popen[bytes]:
+    def _start(self, what: str, *options: object, **environment: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--host", "127.0.0.1", *map(str, options)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=os.environ | environment, **quiet)
         self._all.append(process)
         return process
 

@@ -29,6 +29,7 @@ from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
 from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
+from pipeline.compute.versions import check_versions
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
 
@@ -130,7 +131,7 @@ def open_runner(
     Raises
     ------
     ArgumentError : the cluster is neither, or there is not at least one worker.
-    ClusterError : no scheduler answers at the address, or it has no worker.
+    ClusterError : no scheduler answers at the address, it has no worker, or workers have other versions.
     """
     if n_workers < 1:
         raise ArgumentError(f"a run needs at least 1 worker, got {n_workers}; use 1 or more")
@@ -138,8 +139,8 @@ def open_runner(
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
         client.forward_logging("haloseg")
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
-        losses.listen(client)
-        yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
+        with losses.listening(client):
+            yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
 
 
 @contextmanager
@@ -191,7 +192,7 @@ async def _kill_workers(cluster: LocalCluster) -> None:
 
 @contextmanager
 def _remote_client(address: str) -> Iterator[Client]:
-    """Connect to a scheduler that has at least one worker."""
+    """Connect to a scheduler that has at least one worker, and none of other versions."""
     try:
         LoopRunner().run_sync(_shake_hands, address)
         client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
@@ -208,6 +209,7 @@ def _remote_client(address: str) -> Iterator[Client]:
                 f"the scheduler at {address} must have a worker within {FIRST_WORKER_TIMEOUT_S:g} s, got none; "
                 f"start some: dask worker {address} --nthreads 1"
             ) from error
+        check_versions(client)
         yield client
 
 

@@ -9,6 +9,8 @@ it tells of tasks that are done: who hears that a task is done has heard of its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Client
@@ -25,9 +27,19 @@ class Losses:
         self._prefix = prefix
         self._causes: dict[str, tuple[str, ...]] = {}
 
-    def listen(self, client: Client) -> None:
-        """Hear of every worker that is gone from now on."""
+    @contextmanager
+    def listening(self, client: Client) -> Iterator[None]:
+        """Hear of every worker that is gone while the block runs.
+
+        A client that left without a word would be told of its own leaving: a CRITICAL traceback in the scheduler's log.
+        """
         client.subscribe_topic(_TOPIC, self.hear)
+        try:
+            yield
+        finally:
+            if client.status == "running":
+                with suppress(Exception):  # the scheduler may die in this moment
+                    client.unsubscribe_topic(_TOPIC)
 
     def hear(self, event: tuple[float, Any]) -> None:
         """Take what the scheduler tells, in the client's own thread."""

@@ -40,6 +40,7 @@ def test_the_batch_script_segments_an_image_over_tls_and_leaves_nothing_running(
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HALOSEG_SHARED": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "",
+        "DASK_LOGGING__DISTRIBUTED": "info",
     }  # fmt: skip
     words = [DEPLOY / "slurm/segment.sbatch", tmp_path / "scan.zarr", ROOT / "pipeline/demo/model.safetensors", "cells"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)

@@ -32,7 +32,7 @@ def limits(server):
             client.delete_global_concurrency_limit_by_name(name)
 
 
-def test_scans_of_two_archives_share_the_slots_and_one_that_is_given_up_waits_no_longer(limits, monkeypatch):
+def test_scans_of_two_archives_share_the_slots_and_one_that_is_given_up_waits_no_longer(limits, monkeypatch, caplog):
     monkeypatch.setattr(slots, "SECONDS_BETWEEN_TRIES", 0.5)
     a, b = limits_of("/data/a"), limits_of("/data/b")  # the other archive has no limit of its own
     assert a == ("haloseg-gpu", "haloseg-archive-data-a")
@@ -64,6 +64,9 @@ def test_scans_of_two_archives_share_the_slots_and_one_that_is_given_up_waits_no
 
     scans()
     assert seen == [[1, 1], [1, 0]]
+    told = [each.getMessage() for each in caplog.records if "waits for a slot" in each.getMessage()]
+    assert told in (["waits for a slot of haloseg-gpu: other scans compute"] * n for n in (1, 2))  # once a wait
+    assert not [each for each in caplog.records if each.name.startswith("prefect._internal")]
     assert held("haloseg-gpu", a[1]) == [0, 0]
 
 
