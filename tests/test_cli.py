@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -117,6 +118,18 @@ def test_labels_are_ingested_and_evaluated_against_themselves(tmp_path, image, c
     printed(capsys, "ingest", "--labels-of", image, "--name", "truth", tmp_path / "truth.tif")
     figures = printed(capsys, "evaluate", image / "labels" / "truth", tmp_path / "truth.tif")
     assert (figures["mean_dice"], figures["pixel_error"], figures["voxels"]) == (1.0, 0.0, 40_000)
+
+
+def test_a_dataset_of_a_file_is_told_of_compared_and_segmented(tmp_path, scan, image, capsys):
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["raw"] = tifffile.imread(scan)
+        file["truth"] = (file["raw"][:] > 128).astype(np.uint8)
+    raw, truth = (f"{tmp_path}/all.h5::{name}" for name in ("raw", "truth"))
+    assert printed(capsys, "info", truth)["shape"] == [20, 40, 50]
+    printed(capsys, "ingest", "--labels-of", image, "--name", "truth", truth)
+    assert printed(capsys, "evaluate", image / "labels" / "truth", truth)["mean_dice"] == 1.0
+    model = model_file(tmp_path / "model.safetensors")
+    assert printed(capsys, "segment", raw, "--model", model, "--name", "x")["voxels"] == 40_000
 
 
 def test_tables_are_for_people_and_progress_is_not_on_stdout(image, capsys):
