@@ -19,7 +19,7 @@ serve: $(READY)  ## Prefect server, Dask and the scheduled flows on this machine
 	.venv/bin/python deploy/serve.py $(SERVE)
 
 test: $(READY)   ## the test suite, under 10 minutes on 2 cores
-	.venv/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the tests that take minutes each
 	.venv/bin/python -m pytest -m slow

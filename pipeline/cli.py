@@ -33,7 +33,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    given, known = list(sys.argv[1:] if arguments is None else arguments), parser()
+    if "" in given:  # else an unset variable of the shell would stand for the folder that one is in
+        known.error("an argument must not be empty, got ''; name what is meant")
+    args = known.parse_args(_joined(given))
     handler = RichHandler(logging.WARNING, console=STDERR, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     for name in ("distributed", "tifffile", "asyncio"):

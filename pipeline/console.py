@@ -98,8 +98,8 @@ def readable(key: str, value: Any) -> str:  # noqa: ANN401 whatever JSON holds
         return "-"
     if isinstance(value, int) and "bytes" in key:
         return n_bytes(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
+    if isinstance(value, float):  # 65535 as it is, not 6.554e+04
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -13,6 +14,7 @@ from volumes import model_file, scan_file, tree_digest
 
 from pipeline.cli import main
 from pipeline.compute.cluster import CONNECT_TIMEOUT_S
+from pipeline.console import readable
 from pipeline.store.labels import open_labels
 from pipeline.unet.settings import Padding, UNetSettings
 
@@ -117,6 +119,18 @@ def test_labels_are_ingested_and_evaluated_against_themselves(tmp_path, image, c
     printed(capsys, "ingest", "--labels-of", image, "--name", "truth", tmp_path / "truth.tif")
     figures = printed(capsys, "evaluate", image / "labels" / "truth", tmp_path / "truth.tif")
     assert (figures["mean_dice"], figures["pixel_error"], figures["voxels"]) == (1.0, 0.0, 40_000)
+
+
+def test_a_dataset_of_a_file_is_told_of_compared_and_segmented(tmp_path, scan, image, capsys):
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["raw"] = tifffile.imread(scan)
+        file["truth"] = (file["raw"][:] > 128).astype(np.uint8)
+    raw, truth = (f"{tmp_path}/all.h5::{name}" for name in ("raw", "truth"))
+    assert printed(capsys, "info", truth)["shape"] == [20, 40, 50]
+    printed(capsys, "ingest", "--labels-of", image, "--name", "truth", truth)
+    assert printed(capsys, "evaluate", image / "labels" / "truth", truth)["mean_dice"] == 1.0
+    model = model_file(tmp_path / "model.safetensors")
+    assert printed(capsys, "segment", raw, "--model", model, "--name", "x")["voxels"] == 40_000
 
 
 def test_tables_are_for_people_and_progress_is_not_on_stdout(image, capsys):
@@ -255,6 +269,25 @@ def test_a_truth_that_names_its_own_classes_is_not_translated(tmp_path, capsys):
     assert np.unique(open_labels(image / "labels" / "b").array[:]).tolist() == [1]
     figures = printed(capsys, "evaluate", image / "labels" / "a", image / "labels" / "b")
     assert figures["accuracy"] == 1.0
+
+
+def test_an_empty_argument_is_not_this_folder(tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "a.npy", np.zeros((9, 9), np.uint8))
+    tifffile.imwrite(tmp_path / "0.tif", np.zeros((9, 9), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["info", ""], ["ingest", "", "x.zarr"], ["ingest", "a.npy", "x.zarr", "--labels-of", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "an argument must not be empty" in line
+    assert not (tmp_path / "x.zarr").exists()
+
+
+@pytest.mark.parametrize(("value", "told"), [
+    (65535.0, "65,535"), (-32768.0, "-32,768"), (343178.4, "343,178"), (0.0008626, "0.0008626"), (3e38, "3e+38"),
+])  # fmt: skip
+def test_numbers_are_told_as_people_read_them(value, told):
+    assert readable("max", value) == told
 
 
 def test_paths_are_printed_as_they_are(tmp_path, capsys):

@@ -113,9 +113,15 @@ def _check_headers(paths: Sequence[str], kind: str) -> None:
     first: object = None
     for path in paths:
         scan = _opened(path, kind) if kind == "TIFF" else None
-        this = header(path) if scan is None else (scan.dims, scan.shape, str(scan.dtype))
+        this = _pictured(path) if scan is None else (scan.dims, scan.shape, str(scan.dtype))
         first = this if first is None else first
         _check_same(path, this, first=first)
+
+
+def _pictured(path: str) -> str:
+    """Return what a picture's header says of its shape and dtype."""
+    height, width, bits, colour = header(path)
+    return f"{height} x {width} pixels of {bits} bit and kind of colour {colour}"
 
 
 def _check_same(path: str, this: object, *, first: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StorageError, StoreError
 from pipeline.store.bucket import is_bucket, knock, told
@@ -161,6 +162,14 @@ class Location:
             found = fs.find(path, detail=True)
         yield from map(_entry, found.values())
 
+    def _opened(self) -> tuple[Any, str]:
+        """Return fsspec's file system and path; on a disk "::" is but a part of a name (FILE.h5::DATASET)."""
+        if self.is_local:
+            fs = LocalFileSystem()
+            return fs, fs._strip_protocol(self.url)
+        opened: tuple[Any, str] = url_to_fs(self.url, use_listings_cache=False)
+        return opened
+
     @contextmanager
     def _answering(self) -> Iterator[tuple[Any, str]]:
         """Yield fsspec's file system and path; what a remote store dies of becomes one line.
@@ -168,7 +177,7 @@ class Location:
         A file that is not there stays a FileNotFoundError, and what a local disk dies of an OSError.
         """
         try:
-            fs, path = url_to_fs(self.url, use_listings_cache=False)
+            fs, path = self._opened()
         except (ImportError, ValueError) as error:
             raise StoreError(
                 f"a URL must be of a kind that can be opened, got {self.url}: {error}; s3:// needs haloseg[s3]"

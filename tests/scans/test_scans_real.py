@@ -52,7 +52,7 @@ def test_pictures_keep_their_four_channels(data):
 
 
 def test_pictures_of_mixed_sizes_are_no_volume(data):
-    with pytest.raises(ScanError, match=r"must agree in shape and dtype .*\.png; remove"):
+    with pytest.raises(ScanError, match=r"must agree in shape and dtype .* 256 x 256 pixels of 8 bit .*\.png; remove"):
         open_scan(data / "dsb2018/images")
 
 

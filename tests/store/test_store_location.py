@@ -23,6 +23,16 @@ def test_where_no_json_can_lie_there_is_none(tmp_path):
     assert Location(str(tmp_path / "nothing" / "zarr.json")).read_json() == {}
 
 
+def test_colons_in_a_path_are_a_part_of_its_name(tmp_path):
+    (tmp_path / "scan.h5").write_bytes(b"not ours")  # fsspec takes "a::b" for a thing inside of b
+    dataset = Location(f"{tmp_path}/scan.h5::labels")
+    assert (dataset / "zarr.json").read_json() == {}
+    dataset.delete()
+    assert (tmp_path / "scan.h5").read_bytes() == b"not ours"
+    (dataset / "0").write_bytes(b"ours")
+    assert list(dataset.files()) == ["0"]
+
+
 def test_memory_urls_work_as_folders_do():
     home = Location("memory://haloseg-location")
     (home / "x" / "0").write_bytes(b"abc")
