@@ -17,7 +17,7 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 
 from pipeline.errors import StorageError, StoreError
-from pipeline.store.bucket import is_bucket, knock, told
+from pipeline.scans.bucket import is_bucket, knock, told
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
