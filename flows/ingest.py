@@ -24,7 +24,7 @@ def ingest_scan(scan: ScanPath, image: ImagePath, overwrite: Overwrite = False) 
     try:
         check_paths(scan, image)
         with pausable(), logged(), held(Location(image).absolute()):
-            return ingest_stage(scan, image, overwrite=overwrite)
+            return ingest_stage(scan, image, overwrite=overwrite)[0]
     except GivenUpError as error:
         return cast("str", Cancelled(message=str(error)))
     except PipelineError as error:

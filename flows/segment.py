@@ -23,6 +23,7 @@ from flows.watching import SHARED_RUNNER, logged, watched
 from pipeline.compare import Compared
 from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
 from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
@@ -44,14 +45,23 @@ Made = tuple[Segmented, Figures | None]
 
 
 @stage("ingest")
-def ingest_stage(scan: str, image: str, *, shard: tuple[int, ...] | None = None, overwrite: bool = False) -> str:
-    """Make the image; returns its path."""
+def ingest_stage(
+    scan: str, image: str, *, shard: tuple[int, ...] | None = None, overwrite: bool = False
+) -> tuple[str, Retries]:
+    """Make the image; returns its path, and which blocks had to be copied again."""
     if scan == image and read_image(Location(image)) is not None:
-        return image
+        return image, Retries()
     with watched(key=key_of(image)) as watch:
-        made = ingest(scan, image, shard=shard, overwrite=overwrite, watch=watch)
+        again = RetriesWatch(watch)
+        made = ingest(scan, image, shard=shard, overwrite=overwrite, watch=again)
     get_run_logger().info("image %s: %s voxels", made.location, "x".join(map(str, made.spatial_shape)))
-    return str(made.location)
+    _warn_of(again.retries)
+    return str(made.location), again.retries
+
+
+def _warn_of(retries: Retries) -> None:
+    if retries.n_blocks:
+        get_run_logger().warning("blocks retried: %s", retries.told)
 
 
 @stage("segment")
@@ -74,8 +84,7 @@ def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: i
         result = segment(plan, run=run, watch=watch)
     made = f"{kind_of(result.result)} {result.result.location}"
     get_run_logger().info("%s: %d blocks run in %.1f s", made, result.n_run, result.wall_s)
-    if result.retries.n_blocks:
-        get_run_logger().warning("blocks retried: %s", result.retries.told)
+    _warn_of(result.retries)
     return result
 
 
@@ -130,10 +139,11 @@ def segment_scan(
         return cast("Made", failed(error))
     try:
         with pausable(), logged(), held(Location(image).absolute()):
-            path = ingest_stage(scan, image, shard=shard)
+            path, copied = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
             )
+            result = replace(result, retries=result.retries.after("ingest", copied))
             figures, cause = _evaluated(str(result.result.location), truth)
             report_stage(path, result, figures=figures, cause=cause)
     except GivenUpError as error:

@@ -17,7 +17,7 @@ from pipeline.errors import ArgumentError, PipelineError, ScanError
 from pipeline.identity import stamps
 from pipeline.listing import changed_s, pattern_of, walk
 from pipeline.provenance import fingerprint
-from pipeline.scans.registry import format_of, is_remote_file, not_on_disk
+from pipeline.scans.registry import check_on_disk, format_of, is_remote_file
 from pipeline.segment import image_beside
 from pipeline.store.image import read_image
 from pipeline.store.labels import check_name
@@ -215,8 +215,7 @@ def _scan(archive: Archive, root: Location, relative: str, entry: Entry, *, imag
 
 
 def _state_of(scan: Scan, archive: Archive, model_sha256: str, scaling: Scaling) -> Scan:
-    if is_remote_file(scan.path):
-        return replace(scan, state=State.BLOCKED, detail=str(not_on_disk(scan.path)))
+    check_on_disk(scan.path)
     location = Location(scan.image)
     image, is_due = read_image(location), False
     if image is not None and scan.path != scan.image and not stamps(scan.path).items() <= image.scan.items():

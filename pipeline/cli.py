@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = known.parse_args(_joined(given))
     handler = RichHandler(logging.WARNING, console=STDERR, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
-    for name in ("distributed", "tifffile", "asyncio"):
+    for name in ("distributed", "asyncio"):  # not tifffile, whose complaints tell of damage
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         show(args.run(args), as_json=args.json)

@@ -325,3 +325,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, scan):
         assert ours == theirs
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_stack_that_is_cut_off_is_refused_and_not_read_as_its_first_slice(tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "whole.tif", np.arange(5 * 24 * 32, dtype=np.uint8).reshape(5, 24, 32), imagej=True)
+    content = (tmp_path / "whole.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
+    assert main(["info", str(tmp_path / "cut.tif")]) == 2
+    assert "a scan must be whole and decodable, got " in capsys.readouterr().err

@@ -25,6 +25,12 @@ class Retries:
         causes = "; ".join(f"{cause} ({n:,})" for cause, n in self.by_cause)
         return f"{self.n_blocks:,}, {causes}" if self.n_blocks else ""
 
+    def after(self, stage: str, before: Retries) -> Retries:
+        """Return these together with those of the stage before, whose causes then say so."""
+        causes = Counter(dict(self.by_cause))
+        causes.update({f"{stage}: {cause}": n for cause, n in before.by_cause})
+        return Retries(self.n_blocks + before.n_blocks, tuple(causes.most_common()))
+
 
 class RetriesWatch:
     """Counts retries on the way to another watcher; see Watcher. Of very many causes the rest count as one."""

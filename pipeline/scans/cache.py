@@ -24,6 +24,11 @@ class SegmentCache:
         self._coming: dict[Hashable, Future[NDArray[Any]]] = {}
         self.n_bytes = 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether an array is here, or about to be."""
+        with self._lock:
+            return key in self._kept or key in self._coming
+
     def get(self, key: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         """Return the read-only array under ``key``, made if need be; all threads that wait get what ``make`` raises."""
         with self._lock:

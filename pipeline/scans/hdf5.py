@@ -7,7 +7,8 @@ Axes are taken from the dataset's dimension labels or ilastik's ``axistags`` if 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange, unlabelled
+from pipeline.scans.files import is_remote, opened
 from pipeline.scans.lazy import LazyScan
 
 try:
@@ -58,9 +60,15 @@ def open_hdf5(path: str, /) -> LazyScan:
     return arrange(source, axes=axes, path=path, format_name="HDF5", voxel_size_um=size)
 
 
-def _opened(path: str) -> Any:  # noqa: ANN401 h5py is not typed
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    if is_remote(path):
+        with opened(path) as raw, h5py.File(raw, "r") as file:
+            yield file
+        return
     # File systems of clusters often know no locks; we only read.
-    return h5py.File(path, "r", locking="best-effort")
+    with h5py.File(path, "r", locking="best-effort") as file:
+        yield file
 
 
 def _datasets(file: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401

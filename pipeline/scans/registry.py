@@ -14,30 +14,40 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ScanError
+from pipeline.scans.files import fetched, is_remote
 from pipeline.scans.lazy import LazyScan, damage_named
 
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 _PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-_FILES = _PICTURES | {".svs", ".h5", ".hdf5", ".npy"}
+_BY_RANGES = {".tif", ".tiff", ".svs", ".h5", ".hdf5"}
+_FILES = _PICTURES | _BY_RANGES | {".npy"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def is_zarr(path: str) -> bool:
     """Whether this is a URL or a Zarr folder."""
-    return "://" in path or path.rstrip("/").endswith(".zarr") or any((Path(path) / f).exists() for f in _ZARR_FILES)
+    if is_remote(path):
+        return not is_remote_file(path)
+    return path.rstrip("/").endswith(".zarr") or any((Path(path) / f).exists() for f in _ZARR_FILES)
 
 
 def is_remote_file(path: str) -> bool:
-    """Whether this is the URL of a scan in one file, which can be read from a disk alone."""
-    return "://" in path and PurePosixPath(path.partition("::")[0]).suffix.lower() in _FILES
+    """Whether this is the URL of a scan in one file."""
+    return is_remote(path) and _ending(path) in _FILES
 
 
-def not_on_disk(path: str) -> ScanError:
-    """Return the error of a scan in one file at a URL."""
-    return ScanError(
-        f"a scan at a URL must be a Zarr, got {path}, which is one file; copy it to a disk and ingest it from there"
-    )
+def check_on_disk(path: str) -> None:
+    """Refuse the URL of a scan in one file that can be read from a disk alone."""
+    if is_remote_file(path) and _ending(path) not in _BY_RANGES:
+        raise ScanError(
+            f"a scan at a URL must be a Zarr, a TIFF or HDF5, got {path}, which is another file; copy it to a disk and "
+            "ingest it from there"
+        )
+
+
+def _ending(path: str) -> str:
+    return PurePosixPath(path.partition("::")[0]).suffix.lower()
 
 
 def is_tiff(path: str) -> bool:
@@ -63,6 +73,8 @@ def is_npy(path: str) -> bool:
 def is_slices(path: str) -> bool:
     """Whether this is a folder with pictures, or a glob."""
     folder = Path(path)
+    if is_remote(path):
+        return False
     if folder.is_dir():
         return any(p.suffix.lower() in _PICTURES for p in folder.iterdir())
     return not folder.exists() and glob.has_magic(path)
@@ -100,10 +112,9 @@ def format_of(path: str) -> Format:
     ------
     ScanError : nothing is there, or nothing that can be read; the message lists what can.
     """
-    if is_remote_file(path):
-        raise not_on_disk(path)
+    check_on_disk(path)
     on_disk = path.partition("::")[0]
-    if "://" not in path and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
+    if not is_remote(path) and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
         raise ScanError(f"a scan must exist, got {path}; check the path")
     for candidate in FORMATS:
         if candidate.claims(path):
@@ -129,6 +140,8 @@ def open_lazy(path: str) -> LazyScan:
 
 def _start(path: str) -> bytes:
     """Return the first bytes of a file; none of what is not a file."""
+    if is_remote(path):
+        return fetched(path, [(0, 8)])[0]
     if not Path(path).is_file():
         return b""
     with Path(path).open("rb") as file:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tifffile import TiffFile, TiffFileError
 
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange
+from pipeline.scans.files import about, opened
 from pipeline.scans.lazy import LazyScan, VoxelSource, damaged
 from pipeline.scans.mapped import MappedSource
 from pipeline.scans.tiff_metadata import complaints, voxel_size_um
@@ -52,7 +52,7 @@ def _parsed(path: str) -> tuple[VoxelSource, str, str, Mapping[str, float]]:
     # Files that a multi-file OME-TIFF points to are left alone: a scan is one file.
     with complaints() as told:
         try:
-            with TiffFile(path, _multifile=False) as tiff:
+            with opened(path) as file, TiffFile(file, name=_name(path), _multifile=False) as tiff:
                 image = _image(tiff, path=path)
                 source = _source(tiff, image, path=path)
                 name = next((n for flag, n in _NAMES if getattr(tiff, flag)), "TIFF")
@@ -65,6 +65,11 @@ def _parsed(path: str) -> tuple[VoxelSource, str, str, Mapping[str, float]]:
         if isinstance(source, SegmentSource):
             source.check_first()
     return source, image.get_axes(False), name, size
+
+
+def _name(path: str) -> str:
+    """Return a file's name for tifffile, which tells some formats by its ending."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _image(tiff: TiffFile, *, path: str) -> Any:  # noqa: ANN401 tifffile is not typed
@@ -93,12 +98,12 @@ def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: A
     if image.dataoffset is not None:
         return MappedSource(path, image.dtype.newbyteorder(tiff.byteorder), shape, image.dataoffset)
     key = image.keyframe
-    stat = Path(path).stat()
+    size, version = about(path)
     return SegmentSource(
         path=path, dtype=image.dtype.newbyteorder("="), shape=shape, places=_places(image, path=path),
         page_shape=key.shaped, segment_shape=_segment_shape(key),
-        pages=tuple(_page(page, size=stat.st_size, path=path) for page in image.pages), nodata=key.nodata,
-        stamp=(stat.st_mtime_ns, stat.st_size), reopen=reopened,
+        pages=tuple(_page(page, size=size, path=path) for page in image.pages), nodata=key.nodata,
+        stamp=(size, version), reopen=reopened,
     )
 
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.scans.cache import DECODED
+from pipeline.scans.files import Read, by_ranges, fetched, is_remote
 from pipeline.scans.lazy import damaged
 
 Decode = Callable[..., tuple[NDArray[Any] | None, tuple[int, ...], tuple[int, ...]]]
+Wanted = tuple[NDArray[Any], int, int]  # where voxels go, and the numbers of the page and the segment they come from
+
+_AT_ONCE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class SegmentSource:
     segment_shape: tuple[int, ...]
     pages: tuple[Page, ...]
     nodata: float
-    stamp: tuple[int, int]
+    stamp: tuple[int, str]
     reopen: Callable[[str], Any]
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
@@ -80,18 +84,50 @@ class SegmentSource:
                 inside[place] = part
         pages = self._page_numbers(slices)
         voxels = np.empty((len(pages), *(s.stop - s.start for s in inside)), self.dtype)
-        with Path(self.path).open("rb", buffering=0) as file:
-            for number, target in zip(pages, voxels, strict=True):
-                for segment in self._touched(inside):
-                    self._paste(target, self._decoded(file, page=number, segment=segment), inside=inside)
+        wanted = [
+            (target, number, segment)
+            for number, target in zip(pages, voxels, strict=True) for segment in self._touched(inside)
+        ]  # fmt: skip
+        for batch in self._parts(wanted):
+            with self._reader(batch) as read:
+                for target, number, segment in batch:
+                    self._paste(target, self._decoded(read, page=number, segment=segment), inside=inside)
         return voxels.reshape(lengths)
+
+    def _parts(self, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
+        """Yield what is wanted in parts of bounded size in the file, each of which is fetched at once."""
+        part, n_bytes = list[Wanted](), 0
+        for each in wanted:
+            part.append(each)
+            n_bytes += self.pages[each[1]].counts[each[2]]
+            if n_bytes >= _AT_ONCE_BYTES:
+                yield part
+                part, n_bytes = [], 0
+        if part:
+            yield part
+
+    @contextmanager
+    def _reader(self, wanted: list[Wanted]) -> Iterator[Read]:
+        """Yield what reads segments; of a remote file, all that are not decoded yet are asked for at once."""
+        if not is_remote(self.path):
+            with by_ranges(self.path) as read:
+                yield read
+            return
+        places = [
+            (self.pages[number].offsets[segment], self.pages[number].counts[segment]) for _, number, segment in wanted
+            if self.pages[number].counts[segment] and (self.path, self.stamp, number, segment) not in DECODED
+        ]  # fmt: skip
+        found = fetched(self.path, [(start, start + n) for start, n in places]) if places else []
+        ahead = dict(zip(places, found, strict=True))
+        with by_ranges(self.path) as read:
+            yield lambda start, n_bytes: ahead.pop((start, n_bytes), None) or read(start, n_bytes)
 
     def check_first(self) -> None:
         """Decode the first segment that was written, so that a file of unknown compression fails here."""
-        with Path(self.path).open("rb", buffering=0) as file:
+        with by_ranges(self.path) as read:
             for segment, count in enumerate(self.pages[0].counts):
                 if count:
-                    self._decoded(file, page=0, segment=segment)
+                    self._decoded(read, page=0, segment=segment)
                     return
 
     def _page_numbers(self, slices: tuple[slice, ...]) -> list[int]:
@@ -112,7 +148,7 @@ class SegmentSource:
         for s, d, y, x in product(*spans):
             yield ((s * grid[1] + d) * grid[2] + y) * grid[3] + x
 
-    def _decoded(self, file: BinaryIO | Any, *, page: int, segment: int) -> tuple[NDArray[Any], tuple[int, ...]]:  # noqa: ANN401
+    def _decoded(self, read: Read, *, page: int, segment: int) -> tuple[NDArray[Any], tuple[int, ...]]:
         """Return one segment (depth, length, width, contiguous samples) and where it starts in the page."""
         what = self.pages[page]
         if not what.counts[segment]:
@@ -120,8 +156,7 @@ class SegmentSource:
             return np.full(shape, self.nodata, self.dtype), start
 
         def make() -> NDArray[Any]:
-            file.seek(what.offsets[segment])
-            data = file.read(what.counts[segment])
+            data = read(what.offsets[segment], what.counts[segment])
             if len(data) < what.counts[segment]:
                 raise damaged(self.path, cause=f"page {page} ends in the middle of segment {segment}")
             voxels = what.decode(data, segment, **what.options)[0]

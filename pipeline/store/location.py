@@ -18,7 +18,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StorageError, StoreError
-from pipeline.store.bucket import is_bucket, knock, told
+from pipeline.scans.bucket import is_bucket, knock, told
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}

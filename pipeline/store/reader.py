@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange, unlabelled
+from pipeline.scans.bucket import knock
 from pipeline.scans.lazy import LazyScan, damaged
-from pipeline.store.bucket import knock
 from pipeline.store.location import Location
 from pipeline.store.ngff import find_multiscales, spatial_scale_um
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import nullcontext
+from itertools import count
 
+import numpy as np
 from flow_runners import Here, shared
 from prefect.artifacts import Artifact
 from volumes import model_file, scan_file
 
 from flows.archive import segment_archive
+from flows.reports import plain
 from flows.segment import segment_scan
 from flows.showing import key_of, slug
 
@@ -37,6 +41,26 @@ def test_a_report_tells_which_blocks_were_run_again_and_why(server, tmp_path):
     assert state.is_failed()
     assert "- **block 0**: ValueError: a flake\n" in page("bad", "failure")
     assert "- **blocks retried**: " in page("bad", "failure")
+
+
+def test_blocks_that_were_copied_again_are_told_too(server, tmp_path, monkeypatch):
+    scan_file(tmp_path / "scan.tif", (8, 40, 40))
+    scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
+    model, calls, mapped = str(model_file(tmp_path / "model.safetensors")), count(), np.memmap
+
+    def flaky(*args, **kwargs):
+        if next(calls) in (1, 2):
+            raise OSError(errno.EIO, "Input/output error")
+        return mapped(*args, **kwargs)
+
+    monkeypatch.setattr(np, "memmap", flaky)  # a disk that fails twice
+    with shared(Here(attempts={0: 2})):
+        result, _ = segment_scan(scan, image, model, name="copied", shard=(16,))
+    assert ("ingest: OSError: [Errno 5] Input/output error", 2) in result.retries.by_cause
+    page = Artifact.get(key=key_of(image, "copied", "report")).data
+    assert f"- **blocks retried**: {plain(result.retries.told)}\n" in page
+    assert "ingest: OSError" in page
+    assert "ValueError: a flake" in page
 
 
 def test_the_table_of_an_archive_tells_it_too(server, tmp_path, monkeypatch):

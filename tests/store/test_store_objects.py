@@ -178,20 +178,21 @@ def test_an_archive_in_a_bucket_tells_what_has_become_of_each_scan(image, tmp_pa
     upload(tmp_path / "changed", f"{root}/deep/changed.zarr")
     assert was["n_bytes"] < stamps(f"{root}/deep/changed.zarr")["n_bytes"]
     upload(tmp_path / "changed", f"{root}/deep/new-truth.zarr")
-    for name in ("slide.tif", "volume.h5", "notes.txt"):
+    for name in ("slide.tif", "photo.png", "notes.txt"):
         (Location(root) / name).write_bytes(b"II*\0")
     archive = Archive(f"{root}/", model, name="whole", truth="{stem}-truth.zarr", settle_s=0)
     found = survey(archive)
     assert {each.relative: each.state for each in found.scans} == {
         "scan.zarr": State.DONE, "deep/new.zarr": State.NEW, "deep/changed.zarr": State.BLOCKED,
-        "slide.tif": State.BLOCKED, "volume.h5": State.BLOCKED,
+        "slide.tif": State.NEW, "photo.png": State.BLOCKED,
     }  # fmt: skip
     details = {each.relative: each.detail for each in found.scans}
     assert "the scan was changed after its image was made" in details["deep/changed.zarr"]
-    one_file = f"a scan at a URL must be a Zarr, got {root}/slide.tif, which is one file; "
-    assert details["slide.tif"] == f"{one_file}copy it to a disk and ingest it from there"
+    one_file = f"a scan at a URL must be a Zarr, a TIFF or HDF5, got {root}/photo.png, which is another file; "
+    assert details["photo.png"] == f"{one_file}copy it to a disk and ingest it from there"
     assert set(found.others) == {"notes.txt", "models/m.safetensors"}
-    new, = found.todo
+    new, slide = found.todo
+    assert (slide.image, slide.changed_s > 0) == (f"{root}/slide.zarr", True)
     assert (new.truth, new.image) == (f"{root}/deep/new-truth.zarr", f"{root}/deep/new.haloseg.zarr")
     assert new.changed_s > 0
     with lease(Location(new.image)):

@@ -1,0 +1,117 @@
+"""Files of scans, on a disk or behind a URL: read by ranges, so that only what is wanted of a remote one is fetched."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fsspec.core import url_to_fs
+
+from pipeline.errors import PipelineError, ScanError, StorageError, StoreError
+from pipeline.scans.bucket import knock, told
+
+Read = Callable[[int, int], bytes]  # from a byte on, so many; fewer where the file ends
+
+_BLOCK_BYTES = 64 << 10  # of what a reader of structure asks for here and there
+_BLOCKS_KEPT = 64
+_NETWORK = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs"}  # whose errors are no damage of the file
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in path
+
+
+def about(path: str) -> tuple[int, str]:
+    """Return a file's size in bytes, and what tells it from its other versions: time of change, or ETag."""
+    if not is_remote(path):
+        stat = Path(path).stat()
+        return stat.st_size, str(stat.st_mtime_ns)
+    with _storage(path) as (fs, place):
+        info = fs.info(place)
+    return int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO | Any]:
+    """Open a file for those who seek and read in it; a remote one fetches blocks of 64 KiB, and keeps the last 4 MiB.
+
+    Raises
+    ------
+    ScanError : nothing is there.
+    StorageError : storage does not answer; raised in the block, too, where reading fails.
+    """
+    if not is_remote(path):
+        with Path(path).open("rb") as file:
+            yield file
+        return
+    settings = {"cache_type": "blockcache", "cache_options": {"maxblocks": _BLOCKS_KEPT}}
+    with _storage(path) as (fs, place), fs.open(place, "rb", block_size=_BLOCK_BYTES, **settings) as file:
+        yield file
+
+
+@contextmanager
+def by_ranges(path: str) -> Iterator[Read]:
+    """Yield a function that reads a part of a file; a remote one is asked for just these bytes."""
+    if is_remote(path):
+        yield lambda start, n_bytes: fetched(path, [(start, start + n_bytes)])[0]
+        return
+    with Path(path).open("rb", buffering=0) as file:
+
+        def read(start: int, n_bytes: int) -> bytes:
+            file.seek(start)
+            return file.read(n_bytes)
+
+        yield read
+
+
+def fetched(url: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of a remote file under spans (start, stop), asked for at once; fewer where the file ends.
+
+    Raises
+    ------
+    ScanError : the file is gone.
+    StorageError : storage does not answer.
+    """
+    with _storage(url) as (fs, place):
+        starts, stops = zip(*spans, strict=True)
+        found = fs.cat_ranges([place] * len(spans), list(starts), list(stops), on_error="return")
+        return [_bytes(each) for each in found]
+
+
+def _bytes(answer: object) -> bytes:
+    """Return what storage sent of a range; nothing of one past the file's end, which is refused as an invalid one."""
+    if isinstance(answer, OSError) and answer.errno == errno.EINVAL:
+        return b""
+    if isinstance(answer, BaseException):
+        raise answer
+    return bytes(answer)  # type: ignore[call-overload, no-any-return]
+
+
+@contextmanager
+def _storage(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's file system and path; what the network dies of becomes one line, damage stays what it is."""
+    try:
+        fs, place = url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise StoreError(
+            f"a URL must be of a kind that can be opened, got {url}: {error}; s3:// needs haloseg[s3]"
+        ) from error
+    knock(url)
+    try:
+        yield fs, place
+    except PipelineError:
+        raise
+    except FileNotFoundError as error:
+        raise ScanError(f"a scan must exist, got {url}; check the path") from error
+    except Exception as error:
+        of_network = type(error).__module__.partition(".")[0] in _NETWORK
+        if of_network or (isinstance(error, OSError) and error.errno is not None):
+            raise StorageError(
+                f"storage must answer at {url}, got {told(error)}; mend address or credentials "
+                "and run the same command again"
+            ) from error
+        raise

@@ -1,0 +1,153 @@
+"""Scans in one file in a bucket: read as on a disk, by the ranges that are wanted; see tests/objects.py."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import fsspec
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from objects import digests
+
+from pipeline.errors import ScanError
+from pipeline.identity import stamps
+from pipeline.ingest import ingest
+from pipeline.scans.backend import open_scan
+
+RNG = np.random.default_rng(0)
+SLIDE = RNG.integers(0, 255, (1500, 2100), dtype=np.uint8)
+VOLUME = RNG.integers(0, 60_000, (5, 70, 90), dtype=np.uint16)
+OME = {"axes": "ZYX", "PhysicalSizeX": 0.1, "PhysicalSizeY": 0.1, "PhysicalSizeZ": 0.3}
+TIFFS = {
+    "tiled.tif": (SLIDE, {"tile": (128, 128), "compression": "zlib"}),
+    "plain.tif": (SLIDE, {}),
+    "rgb.svs": (np.stack([SLIDE[:300, :300]] * 3, axis=-1), {"tile": (64, 64), "compression": "jpeg"}),
+    "strips.tiff": (VOLUME, {"rowsperstrip": 16, "compression": "lzw"}),
+    "volume.ome.tif": (VOLUME, {"ome": True, "metadata": OME}),
+    "big.tif": (VOLUME, {"bigtiff": True, "byteorder": ">"}),
+    "imagej.tif": (VOLUME, {"imagej": True}),
+}
+
+CORNER = """
+import sys
+import numpy
+from pipeline.scans.backend import open_scan
+numpy.save(sys.argv[2], open_scan(sys.argv[1])[-100:, -100:].values)
+"""
+
+
+def put(file, url):
+    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    fs.put_file(str(file), path)
+    return url
+
+
+@contextmanager
+def counted(address):
+    """Yield the address of a proxy of a server, and a list of the numbers of bytes that came through it."""
+    seen, server = list[int](), urlsplit(address)
+
+    def pump(client):
+        with client, socket.create_connection((server.hostname, server.port)) as behind:
+            while True:
+                for ready in select.select([client, behind], [], [])[0]:
+                    if not (data := ready.recv(1 << 16)):
+                        return
+                    (behind if ready is client else client).sendall(data)
+                    if ready is behind:
+                        seen.append(len(data))
+
+    def accept():
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=pump, args=(client,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_every_kind_is_read_as_from_a_disk(bucket, tmp_path):
+    for name, (voxels, settings) in TIFFS.items():
+        tifffile.imwrite(tmp_path / name, voxels, **settings)
+    with h5py.File(tmp_path / "volume.h5", "w") as file:
+        file.create_dataset("a/b", data=VOLUME, chunks=(1, 32, 32), compression="gzip")
+    for name in (*TIFFS, "volume.h5"):
+        here, there = open_scan(tmp_path / name), open_scan(put(tmp_path / name, f"{bucket}/{name}"))
+        assert (here.dims, here.shape, here.dtype, here.attrs) == (there.dims, there.shape, there.dtype, there.attrs)
+        front = (slice(0, 1),) * (here.ndim - 2)
+        for part in ((slice(None),) * here.ndim, (*front, slice(3, 65), slice(21, 88)), (-1,) * here.ndim):
+            np.testing.assert_array_equal(there[part].values, here[part].values, err_msg=f"{name} {part}")
+    dataset = open_scan(f"{bucket}/volume.h5::a/b")
+    np.testing.assert_array_equal(dataset.values, VOLUME)
+
+
+@pytest.mark.parametrize("settings", [{"tile": (128, 128), "compression": "zlib"}, {"tile": (128, 128)}, {}])
+def test_of_a_corner_little_more_than_the_corner_is_fetched(bucket, objects, tmp_path, settings):
+    tifffile.imwrite(tmp_path / "slide.tif", SLIDE, **settings)
+    n_bytes = (tmp_path / "slide.tif").stat().st_size
+    put(tmp_path / "slide.tif", f"{bucket}/slide.tif")
+    with counted(objects) as (proxy, seen):
+        words = [sys.executable, "-c", CORNER, f"{bucket}/slide.tif", str(tmp_path / "corner.npy")]
+        subprocess.run(words, env=os.environ | {"AWS_ENDPOINT_URL": proxy}, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "corner.npy"), SLIDE[-100:, -100:])
+    lines = 0 if settings else 100 * SLIDE.shape[1]  # without tiles, what lies between the lines comes along
+    most = 4 * 128 * 128 + lines + 3 * (64 << 10)  # the segments; the file's structure, in blocks of 64 KiB
+    assert 100 * 100 < sum(seen) < most < n_bytes / 5
+
+
+def test_an_image_of_it_has_the_bytes_of_one_from_a_disk(bucket, tmp_path):
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME, tile=(32, 32), compression="zlib")
+    put(tmp_path / "scan.tif", f"{bucket}/scan.tif")
+    ingest(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), shard=(32,), chunk=(16,))
+    ingest(f"{bucket}/scan.tif", f"{bucket}/scan.zarr", shard=(32,), chunk=(16,))
+    here, there = (
+        {name: digest for name, digest in digests(url).items() if "/c/" in name}
+        for url in (str(tmp_path / "scan.zarr"), f"{bucket}/scan.zarr")
+    )
+    assert len(here) > 6
+    assert there == here
+    was = stamps(f"{bucket}/scan.tif")
+    assert was["n_bytes"] == (tmp_path / "scan.tif").stat().st_size
+    assert stamps(f"{bucket}/scan.tif") == was
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME[::-1], tile=(32, 32), compression="zlib")
+    put(tmp_path / "scan.tif", f"{bucket}/scan.tif")
+    assert stamps(f"{bucket}/scan.tif") != was
+
+
+def test_what_is_cut_off_gone_or_of_another_kind_is_refused_in_one_line(bucket, tmp_path):
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    for name, settings in (("tiled.tif", {"tile": (64, 64), "compression": "zlib"}), ("plain.tif", {})):
+        tifffile.imwrite(tmp_path / name, SLIDE[:400, :400], **settings)
+        content = (tmp_path / name).read_bytes()
+        url = f"{bucket}/{name}"
+        for kept in (0, 4, len(content) // 2):
+            fs.pipe_file(url, content[:kept])
+            with pytest.raises(ScanError, match=rf"a scan must be whole and decodable, got {url}: .+; copy or export"):
+                open_scan(url)
+        fs.pipe_file(url, content)
+        scan = open_scan(url)
+        fs.pipe_file(url, content[: len(content) // 2])
+        with pytest.raises(ScanError, match=rf"a scan must be whole and decodable, got {url}: "):
+            scan[-100:, -100:].load()
+        fs.rm_file(url)
+        with pytest.raises(ScanError, match=rf"a scan must exist, got {url}; check the path"):
+            scan[:100, :100].load()
+        with pytest.raises(ScanError, match=rf"a scan must exist, got {url}; check the path"):
+            open_scan(url)
+    fs.pipe_file(f"{bucket}/photo.png", b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ScanError, match=r"must be a Zarr, a TIFF or HDF5, got .*photo\.png, .*copy it to a disk"):
+        open_scan(f"{bucket}/photo.png")
