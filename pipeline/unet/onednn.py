@@ -39,7 +39,7 @@ class OneDnnEngine(Engine):
     channels in 3-D). Where a single channel enters, pairs of voxels enter as two: the same product of matrices for
     float32 (1.0 to 1.2 times faster for 16 channels), and one that bfloat16 has instructions for (1.2 to 3.5 times).
     The two voxels that an up-convolution makes of one along the last axis are channels likewise, with the same bits
-    (1.1 to 2.1 times faster; torch itself does not ask oneDNN for 3-D ones in float32: 2 to 6 times).
+    (1.0 to 2.1 times faster; torch itself does not ask oneDNN for 3-D ones in float32: 2 to 6 times).
     """
 
     def __init__(self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
