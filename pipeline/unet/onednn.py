@@ -19,7 +19,7 @@ _LANES = 16
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A convolution of which ``n`` neighbouring voxels along the last axis are made as channels.
+    """A convolution that makes ``n`` neighbouring voxels along the last axis as channels, or 1 as it is.
 
     ``step`` voxels further on come the next ones: as many, or 1 where those that enter are packed likewise.
     """
@@ -27,7 +27,7 @@ class _Packed:
     n: int
     step: int
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
 
 class OneDnnEngine(Engine):
@@ -48,18 +48,15 @@ class OneDnnEngine(Engine):
 
     def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
         """Return the output of the convolution at this place of the chain, and of its ReLU."""
-        layer = self._layer(at, Conv)
-        weight, bias = self._parameters[at]
-        n_packed, step = 1, 1
-        packed = self._packed.get(at)
-        if packed and not any(padding) and (x.shape[-1] - 2 * self.ordered(layer.reach)[-1]) % packed.n == 0:
-            n_packed, step, weight, bias = packed.n, packed.step, packed.weight, packed.bias
-            x = _with_neighbours(x, n_packed // step)
-        n, relu = self.dims, "relu" if layer.relu else "none"
+        layer, n = self._layer(at, Conv), self.dims
+        how = self._packed.get(at)
+        if how is None or any(padding) or (x.shape[-1] - 2 * self.ordered(layer.reach)[-1]) % how.n:
+            how = _Packed(1, 1, *self._parameters[at])
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, list(padding or (0,) * n), [1] * (n - 1) + [step], [1] * n, 1, relu, [], ""
-        )
-        return _without_neighbours(y, n_packed)
+            _with_neighbours(x, how.n // how.step), how.weight, how.bias, list(padding or (0,) * n),
+            [1] * (n - 1) + [how.step], [1] * n, 1, "relu" if layer.relu else "none", [], "",
+        )  # fmt: skip
+        return _without_neighbours(y, how.n)
 
     def strided(self, at: int, x: Tensor) -> Tensor:
         """Return the coarser resolution, of a convolution without overlap and its ReLU."""
