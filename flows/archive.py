@@ -51,7 +51,6 @@ from pipeline.archive import Archive, Scan, Survey
 from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
-from pipeline.config import DEFAULT_BUDGET_BYTES
 from pipeline.errors import ClusterError, GivenUpError, PipelineError, TakenError
 from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
@@ -97,7 +96,7 @@ def open_stage(scans: Sequence[Scan], *, limit: int | None) -> tuple[tuple[Scan,
 def segment_archive(
     archive: ArchivePath, model: ModelPath, pattern: Pattern = "**/*", name: LabelName = "classes",
     images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = 2,
-    budget_bytes: Budget = DEFAULT_BUDGET_BYTES, limit: Limit = None, budget_hours: BudgetHours = None,
+    budget_bytes: Budget = None, limit: Limit = None, budget_hours: BudgetHours = None,
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
 ) -> State[Any]:
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""

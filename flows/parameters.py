@@ -15,7 +15,10 @@ TruthPath = Annotated[
 ]
 Cluster = Annotated[str, Field(description='"local", or the address of a Dask scheduler such as tls://host:8786')]
 Workers = Annotated[int, Field(ge=1, description="Worker processes of a local cluster")]
-Budget = Annotated[int, Field(ge=1, description="Memory of one worker for activations, weights and buffers, in bytes")]
+Budget = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    Field(description="Memory of one worker for activations, weights and buffers, bytes; by default 1 GiB, on a GPU 4"),
+]
 Shard = Annotated[
     tuple[int, ...] | None, Field(description="Voxels that are written whole, along each axis; by the scan's size")
 ]

@@ -25,7 +25,7 @@ from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import DEFAULT_BUDGET_BYTES, UNCOUNTED_WORKERS, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, Scheme
 from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
@@ -65,7 +65,9 @@ def _warn_of(retries: Retries) -> None:
 
 
 @stage("segment")
-def segment_stage(image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int) -> Segmented:
+def segment_stage(
+    image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int | None
+) -> Segmented:
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
@@ -128,7 +130,7 @@ def report_stage(image: str, result: Segmented, *, figures: Figures | None, caus
 @flow(name="segment", flow_run_name="{name} of {scan}")
 def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
-    cluster: Cluster = "local", workers: Workers = 2, budget_bytes: Budget = DEFAULT_BUDGET_BYTES, shard: Shard = None,
+    cluster: Cluster = "local", workers: Workers = 2, budget_bytes: Budget = None, shard: Shard = None,
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:

@@ -181,7 +181,7 @@ def _add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="run by overlapping tiles of this size instead")
     verb.add_argument("--slab", type=_positive, metavar="N", help="rows that enter the network at once")
     verb.add_argument("--column", type=_integers, metavar="N[,N,N]", help="shards that are streamed as one column")
-    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker, such as 2G (default 1G)")
+    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker (default 1G, on a GPU 4G)")
     verb.add_argument("--probabilities", action="store_true", help="write IMAGE/probabilities/NAME too, float32")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--engine", default="auto", choices=("auto", "reference", "fused"), help="what runs the network")
@@ -194,7 +194,7 @@ def _add_verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--boxes", type=_positive, default=16, metavar="N", help="how many boxes (default 16)")
     verb.add_argument("--seed", type=int, default=1, metavar="N", help="which boxes (default 1)")
     verb.add_argument("--model", metavar="NAME|FILE", help="the model that made them, if it has been moved")
-    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker (default 1G)")
+    verb.add_argument("--budget", type=_bytes, metavar="BYTES", help="memory of one worker (default 1G, on a GPU 4G)")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 

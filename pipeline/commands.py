@@ -133,7 +133,7 @@ def _has_classes(result: Any) -> bool:  # noqa: ANN401
 def verify(args: Namespace) -> Document:
     """Compute sampled boxes of a result again, by the reference."""
     device = resolve_name("pipeline.unet.device:pick_device")(args.device)
-    scheme = Scheme(device=device, **({} if args.budget is None else {"budget_bytes": args.budget}))
+    scheme = Scheme(device=device, budget_bytes=args.budget)
     with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
         certificate = resolve_name("pipeline.verify:verify")(
             args.image, name=args.name, model=args.model and _model(args.model), n_boxes=args.boxes, seed=args.seed,
@@ -176,12 +176,11 @@ def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # 
 
 
 def _scheme_of(args: Namespace) -> Scheme:
-    settings = {} if args.budget is None else {"budget_bytes": args.budget}
     device = resolve_name("pipeline.unet.device:pick_device")(args.device)
     return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
         precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
-        column=args.column, n_workers=_n_workers(args, device), **settings,
+        column=args.column, n_workers=_n_workers(args, device), budget_bytes=args.budget,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pipeline.errors import ArgumentError
 
-DEFAULT_BUDGET_BYTES = 2**30
+DEFAULT_BUDGET_BYTES = {"cpu": 2**30, "cuda": 2**32}
 # Workers of a cluster that are not counted before its scheduler is asked: columns are shared out among so many.
 UNCOUNTED_WORKERS = 64
 
@@ -46,7 +46,7 @@ class Scheme:
         stride; one number for all
     slab : rows that enter the network at once when it is streamed
     column : shards of a column along each of the image's spatial axes
-    budget_bytes : memory of one worker for activations, weights and buffers
+    budget_bytes : memory of one worker for activations, weights and buffers; None takes the device's default
     n_workers : among which columns are shared out
     """
 
@@ -56,7 +56,7 @@ class Scheme:
     tile: tuple[int, ...] | None = None
     slab: int | None = None
     column: tuple[int, ...] | None = None
-    budget_bytes: int = DEFAULT_BUDGET_BYTES
+    budget_bytes: int | None = None
     n_workers: int = 1
 
     def __post_init__(self) -> None:
@@ -73,6 +73,11 @@ class Scheme:
     def taken(self) -> EngineName:
         """The engine: fused layers unless another is asked for; see the README for what was measured."""
         return self.engine or EngineName.FUSED
+
+    @property
+    def bound_bytes(self) -> int:
+        """The memory of one worker."""
+        return DEFAULT_BUDGET_BYTES[self.device] if self.budget_bytes is None else self.budget_bytes
 
     @property
     def streamed(self) -> bool:

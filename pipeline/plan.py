@@ -135,7 +135,7 @@ def plan_segment(
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
     return Plan(
         of, network, model, result, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
-        scheme.precision, n_units, peak, scheme.budget_bytes, multiply_adds,
+        scheme.precision, n_units, peak, scheme.bound_bytes, multiply_adds,
         multiply_adds / bare_multiply_adds(network.settings, of.spatial_shape),
         read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def _streamed(
     """Return the columns, how many there are, bytes of a worker, multiplications, and voxels read."""
     streaming = streaming_of(image, model, grid, output_bytes, precision=scheme.precision, device=scheme.device)
     columns, cost = streaming.choose(
-        budget_bytes=scheme.budget_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
+        budget_bytes=scheme.bound_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
     )
     return columns, (), cost.n_columns, cost.peak_bytes, cost.multiply_adds, streaming.voxels_read(columns)
 
@@ -177,7 +177,7 @@ def _tiled(
     slices = len(grid.shape) - model.settings.dims
     rule = _over(model, slices)
     buffers = _buffer_bytes(grid, image, output_bytes)
-    tile = _tile(model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.budget_bytes - buffers)
+    tile = _tile(model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers)
     activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]))
     n_tiles, multiply_adds, read = _counts(grid, rule, rule.core_shape(tile), model.settings)
     return None, tile, n_tiles, buffers + activations, multiply_adds, read

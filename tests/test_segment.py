@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from volumes import as_of_before, model_file, n_whole, scan_file, tree_digest, whole_scan
 
 from pipeline.compute.runner import run_serial
@@ -22,6 +23,7 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
 from pipeline.store.statistics import Normalisation
+from pipeline.unet.onednn import OneDnnEngine
 from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, closed_form_rule
 from pipeline.works.columns import SegmentColumns
 
@@ -195,6 +197,24 @@ def test_a_column_that_lacks_any_shards_computes_those_alone_and_ends_in_the_sam
         done = segment(plan_segment(image, model=model, name="x", scheme=scheme), run=run_serial)
         assert done.n_run == n_lost
         assert tree_digest(f"{image}/labels/x") == expected
+
+
+def test_a_column_too_wide_for_the_device_is_run_in_parts_and_ends_in_the_same_bytes(tmp_path, monkeypatch, caplog):
+    _, image, model = prepared(tmp_path, (70, 50, 37), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    segment(plan_segment(image, model=model, name="free"), run=run_serial)
+    plan, compute, n_calls = plan_segment(image, model=model, name="full"), OneDnnEngine.conv, 0
+
+    def full(self, at, x, *, padding=()):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > 20 and x.numel() > 40_000:  # after some slabs have been given already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, at, x, padding=padding)
+
+    monkeypatch.setattr(OneDnnEngine, "conv", full)
+    segment(plan, run=run_serial)
+    assert "out of device memory: parts of" in caplog.text
+    assert tree_digest(f"{image}/labels/full/0") == tree_digest(f"{image}/labels/free/0")
 
 
 def stopping_after(n_blocks):

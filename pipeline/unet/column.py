@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.unet.engine import Engine
 from pipeline.unet.numbers import Pairs, exactly, normalised
 from pipeline.unet.readout import Readout
 from pipeline.unet.streaming import Stream
+from pipeline.unet.transfer import Leaving, staged
 
 
 class DeviceFullError(Exception):
@@ -41,8 +43,25 @@ class Rows:
     reals: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """Rows on their way from the device."""
+
+    box: Box
+    classes: Leaving | None
+    reals: Leaving | None
+
+    def arrived(self) -> Rows:
+        """Return the rows once they are on the host."""
+        classes = self.classes.arrived()[0] if self.classes else None
+        return Rows(self.box, classes, self.reals.arrived() if self.reals else None)
+
+
 class ColumnPredictor:
     """Runs a network over columns; neither columns nor slabs change the result.
+
+        host     |give 1|give 2|take 1|give 3|take 2|...
+        device          |--- 1 ---|--- 2 ---|--- 3 ---|       always has the next slab at hand
 
     Parameters
     ----------
@@ -50,10 +69,12 @@ class ColumnPredictor:
     windows : of each channel of the scan; the network sees ``(intensity - offset) * scale`` within limits, in float32
     slab : rows that enter at once
     target_windows : of a linear head, as the model has them
+    n_ahead : slabs that the device is given before the results of an earlier one are taken; by default 1 for a GPU
     """
 
     def __init__(
-        self, engine: Engine, *, windows: Windows, slab: int, precision: Precision, target_windows: Pairs = ()
+        self, engine: Engine, *, windows: Windows, slab: int, precision: Precision, target_windows: Pairs = (),
+        n_ahead: int | None = None,
     ) -> None:
         settings = engine.settings
         if len(windows) != settings.in_channels:
@@ -62,6 +83,11 @@ class ColumnPredictor:
             )
         self.engine, self.windows, self.slab, self.precision = engine, windows, slab, precision
         self.readout = Readout(settings.head, target_windows)
+        self._n_ahead = int(engine.device.type == "cuda") if n_ahead is None else n_ahead
+
+    def staged(self, raw: NDArray[Any]) -> Tensor:
+        """Return voxels as ``run`` takes them; meant for the thread that has read them."""
+        return staged(raw, device=self.engine.device)
 
     def stream(self, core: Box) -> tuple[Stream, list[Box]]:
         """Return the stream for a core of the scan, and the boxes that must be read for it, in order.
@@ -80,13 +106,14 @@ class ColumnPredictor:
         return stream, boxes
 
     def run(
-        self, core: Box, stream: Stream, slabs: Iterator[NDArray[Any]], *, probabilities: bool
+        self, core: Box, stream: Stream, slabs: Iterator[Tensor], *, probabilities: bool
     ) -> Iterator[Rows]:
         """Yield the core's rows, each once and in order.
 
         Parameters
         ----------
-        slabs : voxels of the boxes that ``stream`` named, mirrored outside the scan, shape (channels, *box.shape)
+        slabs : voxels of the boxes that ``stream`` named, mirrored outside the scan, shape (channels, *box.shape), as
+            ``staged`` gives them
 
         Raises
         ------
@@ -94,37 +121,50 @@ class ColumnPredictor:
         """
         slices = core.ndim - self.engine.dims
         axis = slices + self.engine.order[0]
-        readout, windows = self.readout, of_slices(self.windows, core.start[0], core.stop[0])
-        with_reals = probabilities or not readout.has_classes
+        windows = of_slices(self.windows, core.start[0], core.stop[0])
         outputs = stream.run(
             core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), windows, slices),
             n_batch=core.shape[0] if slices else 1,
         )  # fmt: skip
-        while True:
-            try:
-                with torch.inference_mode(), exactly(tf32=self.precision is Precision.TF32):
-                    row, logits = next(outputs, (0, None))
-                    if logits is None:
-                        return
-                    best = readout.classes(logits)[:, None] if readout.has_classes else None
-                    classes = None if best is None else self._leaving(best, slices)[0]
-                    reals = self._leaving(readout.reals(logits), slices) if with_reals else None
-            except torch.OutOfMemoryError as error:
-                raise DeviceFullError from error
-            start, stop = list(core.start), list(core.stop)
-            start[axis], stop[axis] = row, row + logits.shape[2]
-            yield Rows(Box(tuple(start), tuple(stop)), classes, reals)
+        given = deque[_Leaving]()
+        while (rows := self._given(core, outputs, probabilities=probabilities)) is not None:
+            given.append(rows)
+            del rows
+            if len(given) > self._n_ahead:
+                yield given.popleft().arrived()
+        while given:
+            yield given.popleft().arrived()
 
-    def _entering(self, raw: NDArray[Any], windows: Windows, slices: int) -> Tensor:
+    def _given(
+        self, core: Box, outputs: Iterator[tuple[int, Tensor]], *, probabilities: bool
+    ) -> _Leaving | None:
+        """Give the device the next rows to do; None if there are no more."""
+        slices, readout = core.ndim - self.engine.dims, self.readout
+        axis = slices + self.engine.order[0]
+        try:
+            with torch.inference_mode(), exactly(tf32=self.precision is Precision.TF32):
+                row, logits = next(outputs, (0, None))
+                if logits is None:
+                    return None
+                best = readout.classes(logits)[:, None] if readout.has_classes else None
+                classes = None if best is None else self._leaving(best, slices)
+                with_reals = probabilities or not readout.has_classes
+                reals = self._leaving(readout.reals(logits), slices) if with_reals else None
+        except torch.OutOfMemoryError as error:
+            raise DeviceFullError from error
+        start, stop = list(core.start), list(core.stop)
+        start[axis], stop[axis] = row, row + logits.shape[2]
+        return _Leaving(Box(tuple(start), tuple(stop)), classes, reals)
+
+    def _entering(self, voxels: Tensor, windows: Windows, slices: int) -> Tensor:
         """Return voxels (channels, *image's axes) as the engine takes them: (batch, channels, *its axes)."""
-        x = normalised(raw, windows, device=self.engine.device).to(self.engine.dtype)
+        x = normalised(voxels, windows, device=self.engine.device).to(self.engine.dtype)
         x = x.transpose(0, 1) if slices else x[None]
         x = x.permute(0, 1, *(2 + axis for axis in self.engine.order))
         return x.contiguous(memory_format=self.engine.memory_format)
 
-    def _leaving(self, y: Tensor, slices: int) -> NDArray[Any]:
-        """Return (batch, channels, *engine's axes) as (channels, *image's axes) on the CPU."""
+    def _leaving(self, y: Tensor, slices: int) -> Leaving:
+        """Return (batch, channels, *engine's axes) as (channels, *image's axes), on its way to the host."""
         back = sorted(range(self.engine.dims), key=lambda at: self.engine.order[at])
         y = y.permute(0, 1, *(2 + at for at in back))
-        out: NDArray[Any] = (y.transpose(0, 1) if slices else y[0]).cpu().numpy()
-        return out
+        return Leaving.of(y.transpose(0, 1) if slices else y[0])

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from pipeline.config import Precision
+from pipeline.unet.cuda import CudaEngine, can_fuse
 from pipeline.unet.engine import Engine
 from pipeline.unet.network import UNet
 from pipeline.unet.onednn import OneDnnEngine, has_onednn
@@ -18,7 +19,11 @@ _DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 def make_engine(network: UNet, *, device: str, precision: Precision = Precision.FLOAT32, first: int = 0) -> Engine:
     """Return the fastest engine for a network on a device."""
-    kind = OneDnnEngine if device == "cpu" and has_onednn() else Engine
+    kind: type[Engine] = Engine
+    if device == "cpu" and has_onednn():
+        kind = OneDnnEngine
+    if device == "cuda" and can_fuse():
+        kind = CudaEngine
     return kind(network, device=device, dtype=_DTYPES.get(precision, torch.float32), first=first)
 
 

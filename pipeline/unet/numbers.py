@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.store.scaling import Windows, spread_out
@@ -16,16 +14,18 @@ from pipeline.store.scaling import Windows, spread_out
 Pairs = tuple[tuple[float, float], ...]  # (offset, scale) of each channel
 
 
-def normalised(raw: NDArray[Any], windows: Windows, *, device: torch.device) -> Tensor:
-    """Return what the network sees, float32 on the device, of voxels (channels, ...); see ``spread_out``.
+def normalised(voxels: Tensor, windows: Windows, *, device: torch.device) -> Tensor:
+    """Return what the network sees, float32 on the device, of voxels (channels, ...) on the host; see ``spread_out``.
 
-    What float32 cannot hold is subtracted in float64.
+    What float32 cannot hold is subtracted in float64. Nothing here waits for what the device still has to do.
     """
-    fits = raw.dtype.itemsize <= 2 or raw.dtype == np.float32
+    fits = voxels.dtype.itemsize <= 2 or voxels.dtype == torch.float32
     wide = torch.float32 if fits else torch.float64
-    x = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("="))).to(device).to(wide)
-    columns = spread_out(windows, n_axes=raw.ndim - 1)
-    offset, scale, low, high = (torch.from_numpy(each).to(device, wide) for each in columns)
+    x = voxels.to(device, non_blocking=True).to(wide)
+    columns = spread_out(windows, n_axes=voxels.ndim - 1)
+    offset, scale, low, high = (
+        torch.from_numpy(each).to(wide).to(device, non_blocking=True) for each in columns
+    )
     x = ((x - offset) * scale).to(torch.float32)
     if np.isfinite(columns[2]).any() or np.isfinite(columns[3]).any():
         x.clamp_(low.to(torch.float32), high.to(torch.float32))

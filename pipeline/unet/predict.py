@@ -20,6 +20,7 @@ from pipeline.unet.foreign.network import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.numbers import Pairs, exactly, normalised
 from pipeline.unet.readout import Readout
+from pipeline.unet.transfer import staged
 
 log = logging.getLogger("haloseg")
 
@@ -138,7 +139,7 @@ class Predictor:
     def _tile(self, raw: NDArray[Any], core: Box, rule: TileRule, windows: Windows) -> Tensor:
         """Return the logits of one core within the block, shape (slices or 1, classes, *network's axes)."""
         tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
-        x = normalised(raw[(slice(None), *tile.slices)], windows, device=self.device)
+        x = normalised(staged(raw[(slice(None), *tile.slices)], device=self.device), windows, device=self.device)
         x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
         logits: Tensor = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
         inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)

@@ -131,7 +131,7 @@ class CertifyBoxes:
         predictor: Any = opened.predictor
         if isinstance(predictor, ColumnPredictor):
             stream, boxes = predictor.stream(core)
-            slabs = (read_mirrored(opened.image, box) for box in boxes)
+            slabs = (predictor.staged(read_mirrored(opened.image, box)) for box in boxes)
             likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
             for rows in predictor.run(core, stream, slabs, probabilities=True):
                 beat()

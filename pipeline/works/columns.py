@@ -106,7 +106,7 @@ class SegmentColumns:
             for each in parts:
                 part = each.core.shift(core.start)
                 stream, boxes = predictor.stream(part)
-                voxels = (_taken(rows, box, axis) for box in boxes)
+                voxels = (predictor.staged(_taken(rows, box, axis)) for box in boxes)
                 with read_ahead(voxels, n_ahead=SLABS_AHEAD, clock=clock) as slabs:
                     for done in predictor.run(part, stream, slabs, probabilities=n_reals > 0):
                         sheets.put(done)

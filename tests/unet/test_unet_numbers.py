@@ -10,10 +10,17 @@ from pipeline.store.scaling import Scaling, SliceWindows, Window
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
 from pipeline.unet.training.source import Source
+from pipeline.unet.transfer import staged
 
 SCALINGS = {
     how: Scaling(how, ((-160.0, 240.0), (0.0, 90.0)) if how is Normalisation.WINDOW else ()) for how in Normalisation
 }
+
+
+
+def seen_of(raw, windows):
+    cpu = torch.device("cpu")
+    return normalised(staged(raw, device=cpu), windows, device=cpu)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +35,7 @@ def test_training_and_inference_see_the_same_numbers(how, dtype):
     voxels[0] += np.array(50, dtype)
     windows = SCALINGS[how].windows(merge([tuple(map(Histogram.of, voxels))]), dtype=dtype)
     learnt = Source(voxels, voxels[0], windows, Box.whole((6, 7))).intensities(Box.whole((6, 7)))
-    inferred = normalised(voxels, windows, device=torch.device("cpu"))
+    inferred = seen_of(voxels, windows)
     assert inferred.dtype == torch.float32
     np.testing.assert_allclose(inferred.numpy(), learnt, rtol=0, atol=2e-6)
     if how is Normalisation.WINDOW:
@@ -46,13 +53,13 @@ def test_training_and_inference_see_the_same_numbers_of_each_slice(dtype):
     around = (*((0, 0),) * 2, (3, 0), (0, 2))
     np.testing.assert_allclose(learnt, np.pad(own, around, mode="reflect")[:, :, :8, 1:], atol=1e-5)
     raw = np.pad(voxels, around, mode="reflect")[:, 2:4, :8, 1:]
-    inferred = normalised(raw, windows.between(2, 4), device=torch.device("cpu"))
+    inferred = seen_of(raw, windows.between(2, 4))
     np.testing.assert_allclose(inferred.numpy(), learnt, rtol=0, atol=2e-6)
 
 
 def test_limits_hold_for_each_channel_alone():
     raw = np.array([[-5, 0, 5], [-5, 0, 5]], np.int16)
     windows = (Window(0.0, 0.1, 0.0, 0.3), Window(0.0, 1.0))
-    seen = normalised(raw, windows, device=torch.device("cpu"))
+    seen = seen_of(raw, windows)
     assert torch.equal(seen, torch.tensor([[0.0, 0.0, 0.3], [-5.0, 0.0, 5.0]]))
-    assert torch.equal(normalised(raw, ((0.0, 1.0),) * 2, device=torch.device("cpu")), torch.tensor(raw).float())
+    assert torch.equal(seen_of(raw, ((0.0, 1.0),) * 2), torch.tensor(raw).float())

@@ -14,14 +14,16 @@ from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.geometry.mirror import mirror_index
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
+from pipeline.unet.cuda import CudaEngine
 from pipeline.unet.engine import Engine
 from pipeline.unet.engines import make_engine
 from pipeline.unet.families import chain_of
 from pipeline.unet.layers import Conv, Up, multiply_adds, spans
 from pipeline.unet.network import UNet
+from pipeline.unet.numbers import exactly
 from pipeline.unet.onednn import OneDnnEngine
 from pipeline.unet.schedule import lags
-from pipeline.unet.settings import Padding, UNetSettings, Upsampling, closed_form_rule
+from pipeline.unet.settings import Block, Down, Padding, UNetSettings, Upsampling, closed_form_rule
 from pipeline.unet.streaming import Stream
 
 ROUNDING = 1e-12
@@ -48,7 +50,7 @@ def noise(shape, channels, seed=0):
 
 def mirrored(x, box):
     for axis, (low, high) in enumerate(box, start=2):
-        x = x.index_select(axis, torch.from_numpy(mirror_index(low, high, x.shape[axis])))
+        x = x.index_select(axis, torch.from_numpy(mirror_index(low, high, x.shape[axis])).to(x.device))
     return x
 
 
@@ -163,17 +165,48 @@ def test_lower_precision_differs_by_its_rounding_and_no_more():
     assert 1e-4 < (got - expected).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_up_convolutions_are_products_of_matrices(dims):
+    for network in (
+        UNetSettings(dims=dims, width=2, depth=2),
+        UNetSettings(dims=dims, width=2, depth=2, up_bias=False, poolings=((2,) * dims, (1, *(2,) * (dims - 1)))),
+    ):
+        net = trained(network, seed=8).double()
+        for first in range(dims):
+            ours, plain = (
+                kind(net, device="cpu", dtype=torch.float64, first=first) for kind in (CudaEngine, Engine)
+            )
+            for at in (at for at, layer in enumerate(ours.chain) if isinstance(layer, Up)):
+                x = noise((3, 4, 5)[:dims], ours.chain[at].into).contiguous(memory_format=ours.memory_format)
+                got, expected = ours.up(at, x), plain.up(at, x)
+                assert (got - expected).abs().max() <= 1e-12
+                assert got.is_contiguous(memory_format=ours.memory_format)
+
+
+GPU_NETWORKS = {
+    "plain": {}, "valid": {"padding": Padding.VALID}, "resize": {"up": Upsampling.RESIZE},
+    "residual, strided": {"block": Block.RESIDUAL, "down": Down.STRIDED}, "thick": {"poolings": True},
+}  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch built for it")
+@pytest.mark.parametrize("name", GPU_NETWORKS)
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_stream_on_a_gpu_is_the_whole_pass_on_a_cpu(dims):
-    network = UNetSettings(dims=dims, width=8, depth=2, padding=Padding.SAME, batch_norm=True)
-    net, shape = trained(network, seed=5), (40, 33, 27)[:dims]
+def test_a_stream_on_a_gpu_is_the_whole_pass_on_a_cpu(dims, name):
+    about = {"padding": Padding.SAME, "batch_norm": True} | GPU_NETWORKS[name]
+    about |= {"poolings": ((1, *(2,) * (dims - 1)), (2,) * dims)} if about.get("poolings") else {}
+    net = trained(UNetSettings(dims=dims, width=8, depth=2, **about), seed=5)
+    shape, bounds = (40, 33, 27)[:dims], {Precision.FLOAT32: 1e-5, Precision.TF32: 0.02, Precision.BF16: 0.1}
     x = noise(shape, 1).float()
-    expected = whole(net, x)
-    torch.backends.cudnn.allow_tf32 = False
-    got = streamed(Engine(net, device="cuda"), x.cuda(), (0,) * dims, shape, slab=8).cpu()
-    assert (got - expected).abs().max() <= 1e-4
+    expected = whole(net, x).softmax(1)
+    for precision, bound in bounds.items():
+        engine = make_engine(net, device="cuda", precision=precision)
+        with exactly(tf32=precision is Precision.TF32):
+            got, again = (streamed(engine, x.cuda(), (0,) * dims, shape, slab=8) for _ in range(2))
+        assert type(engine) is CudaEngine
+        assert torch.equal(got, again)
+        assert (got.float().softmax(1).cpu() - expected).abs().max() <= bound
 
 
 def test_what_a_stream_cannot_run_is_refused():

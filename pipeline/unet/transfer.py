@@ -1,0 +1,43 @@
+"""Copies between host and device, for which neither waits: the device goes on with the next slab meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def staged(raw: NDArray[Any], *, device: torch.device) -> Tensor:
+    """Return a copy of voxels that a device can fetch by itself: for a GPU in memory that is locked in place."""
+    voxels = torch.from_numpy(np.array(raw, dtype=raw.dtype.newbyteorder("=")))
+    return voxels.pin_memory() if device.type == "cuda" else voxels
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Values on their way from a device."""
+
+    values: Tensor
+    left: Any  # torch.cuda.Event, which torch has not typed
+
+    @classmethod
+    def of(cls, values: Tensor) -> Leaving:
+        """Have the values copied, after what the device has been given to do."""
+        if values.device.type != "cuda":
+            return cls(values, None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        left.record()
+        return cls(host, left)
+
+    def arrived(self) -> NDArray[Any]:
+        """Return the values once they are there."""
+        if self.left is not None:
+            self.left.synchronize()
+        array: NDArray[Any] = self.values.numpy()
+        return array
