@@ -5,8 +5,8 @@ not count. CPU seconds, of all threads, tell how far other work on the machine h
 highest resident memory during the run above that right before it. The truth is one forward pass over the whole mirrored
 scan; classes count where its two most probable ones differ by more than rounding does. ``matrix_share`` is the scan's
 own arithmetic, without any halo, per second, of what a large product of matrices in this precision reaches on the
-device. Scans, models and truths stay in build/bench/peers for the next run. Writes build/bench/peers.json.
-Needs the extra ``bench``.
+device. A GPU gets larger scans. Scans, models and truths stay in build/bench/peers for the next run. Writes
+build/bench/peers.json. Needs the extra ``bench``.
 
     python tests/benchmarks/bench_peers.py [--quick] [--cases "3-D 256;2-D 4096"] [--schemes "MONAI;dask"] [--rounds 3]
         [--device cpu|cuda]
@@ -53,7 +53,9 @@ CASES = dict([
     _case(2, 4096, width=16, depth=4), _case(2, 2048, width=64, depth=4),
     _case(3, 256, width=8, depth=3), _case(3, 256, width=16, depth=3),
 ])  # fmt: skip
+LARGE = dict([_case(2, 8192, width=32, depth=4), _case(3, 512, width=16, depth=3)])  # to keep a GPU busy
 QUICK = dict([_case(2, 1024, width=16, depth=4), _case(3, 96, width=8, depth=3)])
+EVERY = CASES | LARGE | QUICK
 
 
 def folder_of(case):
@@ -62,7 +64,7 @@ def folder_of(case):
 
 def make(case):
     """Write the case's image, model and truth, once: probabilities of shape (classes, *spatial)."""
-    shape, settings = (CASES | QUICK)[case]
+    shape, settings = EVERY[case]
     job = Job(folder_of(case), settings.dims)
     job.folder.mkdir(parents=True, exist_ok=True)
     voxels = scan_file(job.folder / "scan.tif", shape)
@@ -73,7 +75,7 @@ def make(case):
 
 def run_row(case, scheme, device):
     """Run one scheme in this process and return its seconds, its memory and how far its probabilities are off."""
-    shape, settings = (CASES | QUICK)[case]
+    shape, settings = EVERY[case]
     job = Job(folder_of(case), settings.dims, device)
     if Path(job.classes).is_symlink():
         Path(job.classes).unlink()
@@ -143,7 +145,7 @@ def in_process(task, *, threads):
 
 
 def measure(case, schemes, *, device, rounds, threads):
-    job = Job(folder_of(case), (CASES | QUICK)[case][1].dims)
+    job = Job(folder_of(case), EVERY[case][1].dims)
     if not (job.folder / "truth.npy").exists() and in_process({"case": case}, threads=threads) is None:
         sys.exit(f"{case}: no truth")
     runs, shares = {name: [] for name in schemes}, {}
@@ -207,7 +209,8 @@ def main():
         name for name in chosen(SCHEMES, args.schemes)
         if args.device in SCHEMES[name].devices and not (args.skip_slow and SCHEMES[name].is_slow)
     ]  # fmt: skip
-    cases = chosen(QUICK if args.quick else CASES, args.cases)
+    usual = CASES if args.device == "cpu" else LARGE
+    cases = chosen(QUICK if args.quick else usual, args.cases)
     about = {"device": args.device, "rounds": args.rounds, "threads": args.threads}
     rows = [row for case in cases for row in measure(case, schemes, **about)]
     FOLDER.mkdir(parents=True, exist_ok=True)
