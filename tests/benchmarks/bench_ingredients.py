@@ -39,6 +39,7 @@ from pipeline.geometry.box import Box
 from pipeline.lesson import open_lesson
 from pipeline.unet.model import build, load_model
 from pipeline.unet.network import UNet
+from pipeline.unet.numbers import exactly
 from pipeline.unet.settings import Padding, closed_form_rule
 from pipeline.unet.training.fit import fit
 from pipeline.unet.training.recipe import load_recipe
@@ -144,7 +145,7 @@ def segmented(network, patches, *, halo, device):
         for core in cores(source.seen, over, largest=(*(1,) * across, *(WHOLE,) * rule.ndim)):
             seen = replace(patches, core=core.shape, halo=(*(0,) * across, *halo))
             batch = batch_of([seen.at(source, core)], device=device)
-            with torch.inference_mode():
+            with torch.inference_mode(), exactly():
                 logits = network(batch.images)
             for axis, (n, size) in enumerate(zip(logits.shape[2:], core.shape[across:], strict=True), start=2):
                 logits = logits.narrow(axis, (n - size) // 2, size)

@@ -35,7 +35,7 @@ from skimage.restoration import denoise_nl_means
 from skimage.segmentation import watershed
 
 from pipeline.compute.runner import run_serial
-from pipeline.config import Precision
+from pipeline.config import Precision, Scheme
 from pipeline.evaluate import evaluate
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.labels.deviations import Deviations
@@ -221,10 +221,11 @@ def main():
         device=args.device, on_progress=tell, **truth,
     )  # fmt: skip
     trained_s = cpu_s() - begin
+    how = {"model": model, "name": name, "scheme": Scheme(device=args.device)}
     if values:
-        found = compared(tested, test, model=model, name=name)
+        found = compared(tested, test, **how)
     else:
-        found = score(args.case, tested, test, model=model, name=name, values=result.model.class_values)
+        found = score(args.case, tested, test, values=result.model.class_values, **how)
     row = {
         "case": args.case, "fold": args.fold, "seed": args.seed, "recipe": args.recipe or args.case,
         "precision": args.precision.value,
@@ -236,12 +237,12 @@ def main():
     print(json.dumps(row, indent=1))
 
 
-def score(case, images, parts, *, model, name, values):
+def score(case, images, parts, *, model, name, values, scheme):
     """Return Dice of each class over all held-back scans, and for membranes the scores of boundaries."""
     instances = case != "membrane2d"
     table, rand, info, error = ContingencyTable.empty(len(values)), [], [], []
     for path, part in zip(images, parts, strict=True):
-        plan = plan_segment(path, model=str(model), name=name, probabilities=not instances)
+        plan = plan_segment(path, model=str(model), name=name, probabilities=not instances, scheme=scheme)
         done = segment(plan, run=run_serial)
         got = np.asarray(open_labels(done.labels.location).array[:])
         truth = np.asarray(open_labels(Location(path) / "labels" / "truth").array[:])
@@ -257,11 +258,11 @@ def score(case, images, parts, *, model, name, values):
     return {"dice": [each.dice for each in figures.classes], "accuracy": figures.accuracy, **more}
 
 
-def compared(images, parts, *, model, name):
+def compared(images, parts, *, model, name, scheme):
     """Return PSNR in dB before, after, and after the best of two kinds of filters, mean of all held-back pictures."""
     found = {"before": [], "after": [], "gaussian": [], "nl_means": []}
     for path, part in zip(images, parts, strict=True):
-        made = segment(plan_segment(path, model=str(model), name=name), run=run_serial).result
+        made = segment(plan_segment(path, model=str(model), name=name, scheme=scheme), run=run_serial).result
         found["before"].append(evaluate(path, clean_of(path)).figures.psnr_db)
         found["after"].append(evaluate(str(made.location), clean_of(path)).figures.psnr_db)
         blurred = [gaussian_filter(part.image, s) for s in (0.7, 1, 1.3, 1.6, 2, 2.5, 3)]

@@ -53,12 +53,16 @@ def image_in(folder, dims):
 
 def rate_of(learner, drawn, *, n, device):
     """Return patches/s of steps from batches as they come, and patches per second of CPU time of all threads."""
-    ends = []
+    ends, before = [], None
     for step, patches in drawn:
-        learner.learn(batch_of(patches, device=device), step=step, rate=1e-3)
-        ends.append((time.perf_counter(), time.process_time()))
-    # without the first step, which waits for the first batch
-    return tuple((len(ends) - 1) * n / (b - a) for a, b in zip(ends[0], ends[-1], strict=True))
+        loss = learner.learn(batch_of(patches, device=device), step=step, rate=1e-3)
+        if before is None:
+            loss.item()  # the first step waits for the first batch, and is not counted
+            ends.append((time.perf_counter(), time.process_time()))
+        before = loss
+    before.item()  # of a GPU, which is done with all of them then
+    ends.append((time.perf_counter(), time.process_time()))
+    return tuple((step - 1) * n / (b - a) for a, b in zip(*ends, strict=True))
 
 
 def main():

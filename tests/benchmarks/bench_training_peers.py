@@ -38,7 +38,7 @@ from bench_recipes import boundary_scores, cpu_s, images_of, membranes
 from scipy.ndimage import label as components
 
 from pipeline.compute.runner import run_serial
-from pipeline.config import Precision
+from pipeline.config import Precision, Scheme
 from pipeline.ingest import ingest_labels
 from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
@@ -112,7 +112,8 @@ def our_arm(args, learn, test):
     }  # fmt: skip
     found = []
     for image, part in test:
-        plan = plan_segment(image, model=str(model), name=model.stem, probabilities=True)
+        scheme = Scheme(device=args.device)
+        plan = plan_segment(image, model=str(model), name=model.stem, probabilities=True, scheme=scheme)
         segment(plan, run=run_serial)
         found.append((np.asarray(zarr.open_array(str(plan.probabilities.location / "0"), mode="r")[0]), part))
     return told | scores(found)

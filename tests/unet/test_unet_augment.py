@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipeline.errors import ArgumentError
+from pipeline.unet.training import warp
 from pipeline.unet.training.augment import (
     Augmentation,
     Field,
@@ -21,7 +22,7 @@ from pipeline.unet.training.augment import (
     rotation,
 )
 from pipeline.unet.training.patches import IGNORED, Patch
-from pipeline.unet.training.warp import batch_of, linear, nearest, positions, shaded
+from pipeline.unet.training.warp import Ragged, batch_of
 
 ALL = Augmentation(
     rotation_degrees=180, tilt_degrees=40, shift_voxels=3, scale=0.4, shear=0.3, elastic_sigma_voxels=1.5,
@@ -55,6 +56,22 @@ def sources_of(field, shape):
                 where = where + weight * field.nodes[(slice(None), *(min(max(i, 0), k - 1) for i in node))]
         out[(slice(None), *at)] = where
     return out
+
+
+def positions(field, shape):
+    return warp.positions([field], shape)[0]
+
+
+def linear(x, at):
+    return warp.linear(Ragged.of([x.numpy()]), at[None])[0]
+
+
+def nearest(y, at):
+    return warp.nearest(Ragged.of([y[None].numpy()]), at[None])[0]
+
+
+def shaded(x, grey):
+    return warp.shaded(x[None], [grey])[0]
 
 
 def wide(field, shape, rng):

@@ -43,9 +43,9 @@ def patches_of(shape, settings, recipe=RECIPE) -> tuple[Patches, Patches]:
     return patches, replace(patches, sources=(check,), turns=turns[:1])
 
 
-def fitted(settings, *, shape=(128, 144), recipe=RECIPE, seed=0, **more):
+def fitted(settings, *, shape=(128, 144), recipe=RECIPE, seed=0, device="cpu", **more):
     learn, check = patches_of(shape, settings, recipe)
-    return fit(settings, learn, validation=check, recipe=recipe, device="cpu", seed=seed, **more)
+    return fit(settings, learn, validation=check, recipe=recipe, device=device, seed=seed, **more)
 
 
 @pytest.mark.parametrize("padding", Padding)
@@ -157,6 +157,48 @@ def test_the_same_seed_gives_the_same_weights_and_no_other_does():
     assert first.curve == again.curve
     assert all(torch.equal(t, again.weights[name]) for name, t in first.weights.items())
     assert not torch.equal(first.weights["head.weight"], other.weights["head.weight"])
+
+
+CHANGED = Augmentation(rotation_degrees=90, elastic_sigma_voxels=1, blur_voxels=1, gamma=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch built for it")
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_gpu_learns_the_same_weights_each_time_also_after_a_restart(dims, tmp_path):
+    recipe = replace(
+        RECIPE, steps=6, validate_every=3, augmentation=replace(CHANGED, noise=0.1), dropout=0.5, ema=0.9,
+        precision=Precision.BF16, patch=32 if dims == 2 else 16,
+    )  # fmt: skip
+    settings = recipe.network(dims=dims, in_channels=1, n_classes=2)
+    shape, file = (128, 144) if dims == 2 else (32, 40, 72), CheckpointFile(str(tmp_path / "c"), {})
+
+    def killed_at(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    first, again = (fitted(settings, shape=shape, recipe=recipe, device="cuda") for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        fitted(settings, shape=shape, recipe=recipe, device="cuda", checkpoint=file, on_step=killed_at)
+    resumed = fitted(settings, shape=shape, recipe=recipe, device="cuda", checkpoint=file)
+    assert resumed.n_before == 3
+    for other in (again, resumed):
+        assert other.curve == first.curve
+        assert all(torch.equal(t, other.weights[name]) for name, t in first.weights.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch built for it")
+@pytest.mark.parametrize("optimiser", Optimiser)
+def test_a_gpu_learns_what_a_cpu_learns(optimiser):
+    recipe = replace(
+        RECIPE, steps=4, validate_every=1, optimiser=optimiser, learning_rate=1e-3, ema=0.5, balance_classes=True,
+        clip_norm=1.0, augmentation=CHANGED, precision=Precision.FLOAT32,
+    )  # fmt: skip
+    settings = recipe.network(dims=2, in_channels=1, n_classes=2)
+    there, here = (fitted(settings, recipe=recipe, device=device).curve for device in ("cuda", "cpu"))
+    assert [each.train_loss for each in there] == pytest.approx([each.train_loss for each in here], rel=1e-3)
+    assert [each.loss for each in there] == pytest.approx([each.loss for each in here], rel=1e-3)
 
 
 def jumpy(**more):

@@ -69,4 +69,4 @@ def test_deep_supervision_learns_by_the_mean_loss_of_all_depths_and_infers_by_th
         assert len(heads) == RECIPE.depth
         assert torch.allclose(learner.network(batch.images), torch.stack(heads).mean(0), atol=1e-6)
         expected = torch.stack([learner.objective(each, batch.classes, batch.borders) for each in heads]).mean()
-    assert learner.learn(batch, step=1, rate=0.0) == pytest.approx(expected.item(), rel=1e-6)
+    assert learner.learn(batch, step=1, rate=0.0).item() == pytest.approx(expected.item(), rel=1e-6)

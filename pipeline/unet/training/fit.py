@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -44,6 +45,44 @@ class Fitted:
     n_before: int = 0
 
 
+class _Losses:
+    """The losses of the steps. A GPU's is read while it works on the step after, so that neither waits for the other.
+
+    Parameters
+    ----------
+    on_step : told of each step
+    """
+
+    def __init__(self, on_step: Callable[[Step], None]) -> None:
+        self._on_step, self._read = on_step, list[float]()
+        self._coming = deque[tuple[Tensor, torch.cuda.Event | None, Step]]()
+
+    def put(self, loss: Tensor, step: Step) -> None:
+        """Take the loss of a step, whose own is not known yet."""
+        there = None
+        if loss.is_cuda:
+            loss, there = loss.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record()
+        self._coming.append((loss, there, step))
+        self._take(but=0 if there is None else 1)
+
+    def mean(self) -> float:
+        """Return the mean loss of the steps since this was last asked."""
+        self._take(but=0)
+        mean = float(np.mean(self._read))
+        self._read.clear()
+        return mean
+
+    def _take(self, *, but: int) -> None:
+        """Read and tell all losses but the last ones."""
+        while len(self._coming) > but:
+            loss, there, step = self._coming.popleft()
+            if there is not None:
+                there.synchronize()
+            self._read.append(_finite(loss.item(), step.step))
+            self._on_step(replace(step, loss=self._read[-1]))
+
+
 def fit(
     settings: UNetSettings, patches: Patches, *, validation: Patches, recipe: Recipe, device: str, seed: int,
     minutes: float | None = None, checkpoint: CheckpointFile | None = None,
@@ -72,14 +111,15 @@ def fit(
     BudgetError : a batch does not fit the device.
     """
     keep_freed_memory()  # a step takes and frees the same again: 1.1 times as fast on the CPU
-    begin, losses, n = perf_counter(), list[float](), recipe.batch_size(patches.n_axes)
+    begin, losses, n = perf_counter(), _Losses(on_step), recipe.batch_size(patches.n_axes)
     before = team.first(lambda: checkpoint.load() if checkpoint else None) or Checkpoint(0.0, (), {}, {})
 
     def elapsed_s() -> float:
         return before.elapsed_s + perf_counter() - begin
 
     with _same_each_time(seed), _memory(recipe):
-        learner = Learner.new(settings, objective=_objective(patches, recipe), recipe=recipe, device=device, team=team)
+        objective = _objective(patches, recipe, device)
+        learner = Learner.new(settings, objective=objective, recipe=recipe, device=device, team=team)
         curve, best = _taken_up(before, learner, told=on_progress), before.best
         over = bool(curve) and (is_over(curve, recipe) or _spent(before.elapsed_s, minutes) >= 1)
         first, last = curve[-1].step + 1 if curve else 1, 0 if over else recipe.steps
@@ -89,18 +129,16 @@ def fit(
             now_rate = rate(recipe, max((step - 1) / recipe.steps, spent), step=step, curve=curve)
             torch.manual_seed(network_seed(seed, step))
             loss = learner.learn(batch_of(drawn, device=device), step=step, rate=now_rate)
-            losses.append(_finite(loss, step))
             took, mark = perf_counter() - mark, perf_counter()
-            on_step(Step(step, loss, now_rate, n / took))
+            losses.put(loss, Step(step, math.nan, now_rate, n / took))
             if step % recipe.validate_every and step < recipe.steps and spent < 1:
                 continue
 
             now = team.first(partial(
-                validate, learner.kept, validation, objective=learner.objective, device=device, step=step,
-                train_loss=float(np.mean(losses)),
+                validate, learner.kept, validation, objective=objective, device=device, step=step,
+                train_loss=losses.mean(),
             ))
             _finite(now.loss, step)
-            losses.clear()
             curve.append(now)
             best = learner.weights() if is_best(curve) else best
             if checkpoint and team.leads:
@@ -133,9 +171,9 @@ def _spent(elapsed_s: float, minutes: float | None) -> float:
     return elapsed_s / (60 * minutes) if minutes else 0.0
 
 
-def _objective(patches: Patches, recipe: Recipe) -> Objective:
+def _objective(patches: Patches, recipe: Recipe, device: str) -> Objective:
     """Return the loss, with weights by the frequency of classes where they are asked for."""
-    weights = balanced(torch.from_numpy(patches.class_counts())) if recipe.balance_classes else None
+    weights = balanced(torch.from_numpy(patches.class_counts())).to(device) if recipe.balance_classes else None
     return Objective(recipe.loss, weights, recipe.focal_gamma)
 
 

@@ -77,8 +77,11 @@ class Learner:
         called = team.parallel(_Supervised(network))
         return cls(network, kept, _optimizer(network, recipe), objective, recipe, called, team)
 
-    def learn(self, batch: Batch, *, step: int, rate: float) -> float:
-        """Take a step, the first being one, with this process's share of a batch; returns the batch's loss."""
+    def learn(self, batch: Batch, *, step: int, rate: float) -> Tensor:
+        """Take a step, the first being one, with this process's share of a batch.
+
+        Returns the batch's loss, on the device: a GPU is still at work on it.
+        """
         self.optimizer.param_groups[0]["lr"] = rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,7 +98,7 @@ class Learner:
         self.optimizer.step()
         if self.kept is not self.network:
             follow(self.kept, self.network, decay=average_decay(self.recipe.ema, step=step))
-        return loss.item()
+        return loss.detach()
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the weights to keep, on the CPU."""
@@ -140,12 +143,13 @@ def follow(average: UNet, network: UNet, *, decay: float) -> None:
 
     Statistics of batch normalisation are averaged as well: the average is validated and used as it is.
     """
-    pairs = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
-    for mine, theirs in pairs:
-        if mine.is_floating_point():
-            mine.lerp_(theirs, 1 - decay)
-        else:
-            mine.copy_(theirs)
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    reals = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    mine, theirs = map(list, zip(*reals, strict=True))
+    torch._foreach_lerp_(mine, theirs, 1 - decay)  # on a GPU a few launches instead of one for each tensor
+    for own, other in counts:
+        own.copy_(other)
 
 
 def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
@@ -153,7 +157,8 @@ def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
     weights, rate, decay = network.parameters(), recipe.learning_rate, recipe.weight_decay
     if recipe.optimiser is Optimiser.SGD:
         return torch.optim.SGD(weights, lr=rate, momentum=recipe.momentum, weight_decay=decay)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+    fused = next(network.parameters()).is_cuda or None  # one launch; on the CPU torch's usual way
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=fused)
 
 
 def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
