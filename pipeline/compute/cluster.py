@@ -24,6 +24,7 @@ from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
+from pipeline.compute.devices import device_of
 from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
@@ -85,6 +86,10 @@ class DaskRunner:
         """End all runs on this cluster soon, from any thread: each raises GivenUpError, and its blocks stop."""
         self.given_up.set()
 
+    def device(self) -> str:
+        """Return the device of the workers that blocks go to."""
+        return device_of(self.client)
+
     def is_lost(self) -> bool:
         """Return whether the scheduler is gone; one that the client is just connecting to again gets some seconds."""
         until_s = monotonic() + CONNECT_TIMEOUT_S
@@ -141,6 +146,12 @@ def open_runner(
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
         with losses.listening(client):
             yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
+
+
+def device_at(address: str) -> str:
+    """Return the device of the workers of the scheduler at an address; see ``open_runner`` for what it raises."""
+    with open_runner(cluster=address, n_workers=1) as run:
+        return run.device()
 
 
 @contextmanager
