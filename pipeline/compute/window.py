@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -28,11 +27,10 @@ from distributed import Client, Future, KilledWorker
 
 from pipeline.compute.losses import Losses
 from pipeline.compute.resident import Failed, Stopped, TaskOutcome, run_blocks
+from pipeline.compute.retry_log import RetryLog
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
 from pipeline.errors import GivenUpError, RunError
-
-log = logging.getLogger("haloseg")
 
 TASKS_PER_WORKER = 4
 TASK_S = 0.5
@@ -78,7 +76,7 @@ class Window:
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
-        self._losses = losses
+        self._losses, self._retry_log = losses, RetryLog()
         self._in_flight: dict[Future[TaskOutcome], _Task] = {}
         self._finished: SimpleQueue[Future[TaskOutcome]] = SimpleQueue()
         self._lost: list[Future[TaskOutcome]] = []
@@ -97,6 +95,7 @@ class Window:
 
     def __exit__(self, *exc: object) -> None:
         """Cancel what is still in flight, which is nothing unless the run is being left by an error."""
+        self._retry_log.close()
         if self._in_flight:
             with suppress(Exception):  # a cluster that is gone has nothing to cancel, and the cause is on its way up
                 self._client.cancel(list(self._in_flight), force=True)
@@ -178,7 +177,8 @@ class Window:
         """Return the task of a future that is in flight no more, with what happened to it on the way."""
         task, causes = self._in_flight.pop(future), self._losses.pop(str(future.key))
         if causes:
-            log.warning("block %d and %d more were sent again: %s", task.indices[0], len(task.indices) - 1, causes[0])
+            first, n_more = task.indices[0], len(task.indices) - 1
+            self._retry_log.warn(f"block {first} and {n_more} more were sent again: {causes[0]}")
         return replace(task, causes=task.causes + causes)
 
     def _settle(self, task: _Task, outcome: object) -> None:
@@ -224,7 +224,7 @@ class Window:
 
     def _count_against(self, index: int, cause: str, *, task: _Task, worker: str) -> None:
         """Try the block again, alone, on another worker if there is one, up to the number of retries."""
-        log.warning("block %d failed, attempt %d of %d: %s", index, task.attempt + 1, 1 + RETRIES, cause)
+        self._retry_log.warn(f"block {index} failed, attempt {task.attempt + 1} of {1 + RETRIES}: {cause}")
         if task.attempt < RETRIES:
             self._again.append(_Task((index,), task.attempt + 1, worker, causes=(*task.causes, cause)))
         else:
@@ -240,7 +240,7 @@ class Window:
         if self._alone:
             self._quarantine(Quarantined(index, cause))
             return
-        log.warning("block %d is run again when all others are done: %d workers died under it", index, n_deaths)
+        self._retry_log.warn(f"block {index} is run again when all others are done: {n_deaths} workers died under it")
         self._suspects.append(_Task((index,), task.attempt + 1, causes=task.causes))
         check_quarantine([*self._quarantined, *(Quarantined(each.indices[0], cause) for each in self._suspects)])
 
