@@ -100,13 +100,13 @@ def check_versions(client: Client) -> None:
     ------
     ClusterError : one differs; the message names what, on how many workers, and the remedy.
     """
-    _, differs = compared(client)
-    if differs:
-        raise ClusterError(differs)
+    _, others = compared(client)
+    if others:
+        raise ClusterError(f"workers must have the versions of the flow or command, got {others}")
 
 
 def compared(client: Client, workers: frozenset[str] | None = None) -> tuple[frozenset[str], str]:
-    """Return which workers told what they have installed, and one line if that is not what is here.
+    """Return which workers told what they have installed, and what of it is not what is here, with the remedy.
 
     Parameters
     ----------
@@ -118,8 +118,7 @@ def compared(client: Client, workers: frozenset[str] | None = None) -> tuple[fro
     for name, ours in here.items():
         if others := [each[name] for each in there.values() if each[name] != ours]:
             return frozenset(there), (
-                f"workers must have the versions of the flow or command, got {name} {' and '.join(sorted(set(others)))}"
-                f" on {len(others)} of {len(there)} workers, {ours} here; install the same on both and restart the "
-                "workers"
+                f"{name} {' and '.join(sorted(set(others)))} on {len(others)} of {len(there)} workers, {ours} here; "
+                "install the same on both and restart the workers"
             )
     return frozenset(there), ""

@@ -278,9 +278,12 @@ class Window:
     def _compare(self) -> None:
         """End the run if a worker that was not there before has other versions than are here: it must do no block."""
         if newcomers := self._workers - self._compared:
-            told, differs = compared(self._client, newcomers)
-            if differs:
-                raise RunError(f"{differs}; what is done is kept, run the same command again")
+            told, others = compared(self._client, newcomers)
+            if others:
+                raise RunError(
+                    f"workers must have the versions of the flow or command, got {others}; what is done is kept, run "
+                    "the same command again"
+                )
             self._compared |= told
 
     def _free(self) -> None:
