@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import re
 import socket
 import ssl
 import subprocess
@@ -15,6 +14,7 @@ import yaml
 from clusters import children
 from deploy_files import DEPLOY, free_port, load, until
 from distributed import Client, Security
+from queries import ASKED, samples
 
 SETTINGS = dict(line.split("=", 1) for line in (DEPLOY / "kubernetes/base/settings.env").read_text().splitlines())
 
@@ -183,9 +183,11 @@ def test_a_worker_has_the_threads_that_its_pod_asks_for(cluster):
 
 def test_health_and_metrics_are_where_the_pods_say(cluster):
     _, http = cluster
-    for name, metric in (("scheduler", "dask_scheduler_workers"), ("worker", "dask_worker_threads")):
-        assert get(f"{http[name]}/health") == "ok"
-        assert re.search(rf"^{metric}\b", get(f"{http[name]}/metrics"), re.MULTILINE)
+    assert {get(f"{each}/health") for each in http.values()} == {"ok"}
+    told = {name: samples(get(f"{each}/metrics")) for name, each in http.items()}
+    assert "dask_scheduler_workers" in told["scheduler"]
+    assert told["worker"] >= {name for name in ASKED if name.startswith(("haloseg_", "dask_worker_"))}
+    assert told["scheduler"] | told["worker"] >= ASKED
 
 
 def test_the_operator_can_ask_how_many_workers_are_of_use(cluster):
