@@ -192,7 +192,7 @@ def test_a_description_that_is_damaged_hides_no_slices(tmp_path):
     path, voxels = tmp_path / "stack.tif", noise(5, 20, 30)
     write(path, voxels, metadata={"truncate": True})  # one page, the description says how many slices follow it
     np.testing.assert_array_equal(open_scan(path).values, voxels)
-    before, start, after = path.read_bytes().partition(b'{"shape"')
+    before, start, after = path.read_bytes().partition(b'"shape"')
     path.write_bytes(before + start + after.replace(b"}", b";", 1))
     with pytest.raises(ScanError, match=r"whole and decodable, got .*stack\.tif"):
         open_scan(path)
