@@ -142,8 +142,8 @@ def refused(error, match, address, security):
     """See that no client comes up, and collect what is left of it.
 
     Left to itself, the collector may close it (``Client.__del__``) while the next client's loop starts, whose lock the
-    same thread would then wait for, for ever (distributed 2026.8). A stream that the scheduler reset is never collected,
-    and its error has the client in its frames.
+    same thread would then wait for, for ever (distributed 2026.8). A stream that the scheduler reset is never
+    collected, and its error has the client in its frames.
     """
     with pytest.raises(error, match=match) as refusal:
         Client(address, security=security, timeout=3, set_as_default=False)
