@@ -10,6 +10,7 @@ from time import monotonic
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.store.labels import colour_of
 from pipeline.store.location import Location
 from pipeline.unet.training.course import Validation, best_of
 
@@ -17,11 +18,8 @@ _SIZE = (960, 640)
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 76, 232, 48, 56, 40
 _FINE = 3  # lines are drawn on a grid as much finer, and smoothed
 _WHITE, _INK, _PALE, _BEST = (255, 255, 255), (38, 38, 38), (225, 225, 225), (120, 120, 120)
-# Colours that the colour-blind tell apart, Okabe and Ito 2008.
-_COLOURS = (
-    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (0, 0, 0),
-    (148, 103, 60),
-)  # fmt: skip
+_BLUE, _RED, _BROWN = colour_of(5), colour_of(6), (148, 103, 60)
+_MOST_CLASSES = 8
 _SECONDS_BETWEEN = 5.0
 _LONGEST_NAME = 18
 _DECADE = 10.0
@@ -110,8 +108,8 @@ def draw_curves(curve: Sequence[Validation], *, title: str, classes: tuple[str, 
     middle = (height - _TOP - _BOTTOM - _BETWEEN) // 2
     x = _Scale(0, max(each.step for each in curve), _LEFT, width - _RIGHT, whole=True)
     upper = [
-        _Line("training", _COLOURS[1], [(each.step, each.train_loss) for each in curve], best.train_loss),
-        _Line("held out", _COLOURS[0], [(each.step, each.loss) for each in curve], best.loss),
+        _Line("training", _RED, [(each.step, each.train_loss) for each in curve], best.train_loss),
+        _Line("held out", _BLUE, [(each.step, each.loss) for each in curve], best.loss),
     ]
     lower, below = _dice_lines(curve, best, classes) if classes else _psnr_lines(curve, best), height - _BOTTOM
     y_upper = _range_of(upper, start=_TOP + middle, stop=_TOP)
@@ -134,21 +132,27 @@ def draw_curves(curve: Sequence[Validation], *, title: str, classes: tuple[str, 
 
 def _psnr_lines(curve: Sequence[Validation], best: Validation) -> list[_Line]:
     """Return how far values are from the target."""
-    return [_Line("PSNR", _COLOURS[0], [(each.step, each.psnr) for each in curve], best.psnr)]
+    return [_Line("PSNR", _BLUE, [(each.step, each.psnr) for each in curve], best.psnr)]
 
 
 def _dice_lines(curve: Sequence[Validation], best: Validation, classes: tuple[str, ...]) -> list[_Line]:
     """Return Dice of each class, or of many classes the mean and the worst."""
-    if len(classes) <= len(_COLOURS):
+    if len(classes) <= _MOST_CLASSES:
         return [
-            _Line(name, _COLOURS[i], [(each.step, each.dice[i]) for each in curve], best.dice[i])
+            _Line(name, _on_white(i), [(each.step, each.dice[i]) for each in curve], best.dice[i])
             for i, name in enumerate(classes)
         ]
 
     def line(name: str, colour: tuple[int, int, int], figure: str) -> _Line:
         return _Line(name, colour, [(each.step, _over(each, figure)) for each in curve], _over(best, figure))
 
-    return [line("mean of classes", _COLOURS[0], "mean"), line("worst class", _COLOURS[1], "worst")]
+    return [line("mean of classes", _BLUE, "mean"), line("worst class", _RED, "worst")]
+
+
+def _on_white(label: int) -> tuple[int, int, int]:
+    """Return a class's colour, a little darker; the first, which pictures leave clear, is brown."""
+    red, green, blue = colour_of(label)
+    return (red * 4 // 5, green * 4 // 5, blue * 4 // 5) if label else _BROWN
 
 
 def _over(each: Validation, figure: str) -> float | None:

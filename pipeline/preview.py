@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ArgumentError
 from pipeline.lesson import open_lesson
-from pipeline.store.labels import LABEL_COLOURS
+from pipeline.store.labels import colour_of
 from pipeline.unet.training.batches import batches
 from pipeline.unet.training.patches import IGNORED
 from pipeline.unet.training.recipe import Recipe
@@ -107,13 +107,13 @@ def _grey(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _over(grey: NDArray[np.uint8], classes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return the picture with the classes of its middle in their colours."""
+    """Return the picture with the classes of its middle, but the first, in their colours."""
     out = grey.astype(np.float64)
     start = [(n - m) // 2 for n, m in zip(grey.shape, classes.shape, strict=False)]
     part = out[tuple(slice(a, a + m) for a, m in zip(start, classes.shape, strict=True))]
-    for value in np.unique(classes):
-        colour = _UNKNOWN if value == IGNORED else LABEL_COLOURS[1 + int(value) % (len(LABEL_COLOURS) - 1)][:3]
+    for value in np.unique(classes[classes != 0]).tolist():
         where = classes == value
+        colour = _UNKNOWN if value == IGNORED else colour_of(value)
         part[where] = (1 - _OPACITY) * part[where] + _OPACITY * np.array(colour)
     return out.astype(np.uint8)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.geometry.box import Box
 from pipeline.store.arrays import open_array
 from pipeline.store.image import Image
-from pipeline.store.labels import LABEL_COLOURS, Labels
+from pipeline.store.labels import Labels, colour_of
 from pipeline.store.predictions import Prediction
 from pipeline.store.results import Result
 
@@ -86,7 +86,6 @@ def _over(grey: NDArray[np.uint8], plane: NDArray[Any], labels: Labels) -> NDArr
     out = grey.astype(np.float64)
     for value, position in order.items():
         if position:
-            colour = np.array(LABEL_COLOURS[1 + (position - 1) % (len(LABEL_COLOURS) - 1)][:3])
             where = plane == value
-            out[where] = (1 - _OPACITY) * out[where] + _OPACITY * colour
+            out[where] = (1 - _OPACITY) * out[where] + _OPACITY * np.array(colour_of(position))
     return out.astype(np.uint8)

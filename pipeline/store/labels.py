@@ -18,11 +18,15 @@ from pipeline.store.pyramid import create_levels
 
 REPORT_DUE = "due"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Okabe and Ito's colours, which colour-blind people can tell apart; class 0 is left clear
-LABEL_COLOURS = (
-    (0, 0, 0, 0), (230, 159, 0, 255), (86, 180, 233, 255), (0, 158, 115, 255), (240, 228, 66, 255), (0, 114, 178, 255),
-    (213, 94, 0, 255), (204, 121, 167, 255),
+# Okabe and Ito's colours, which colour-blind people can tell apart
+_COLOURS = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """Return the red, green and blue that a label has wherever it is shown; label 0 is left clear."""
+    return _COLOURS[(label - 1) % len(_COLOURS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ def _attributes(image: Image, labels: Labels) -> dict[str, Any]:
     about: dict[str, Any] = {"source": {"image": "../../"}}
     if labels.classes:
         about["colors"] = [
-            {"label-value": value, "rgba": list(LABEL_COLOURS[value % len(LABEL_COLOURS)])}
+            {"label-value": value, "rgba": [*colour_of(value), 255] if value else [0, 0, 0, 0]}
             for value in range(len(labels.classes))
         ]
         about["properties"] = [{"label-value": value, "class": name} for value, name in enumerate(labels.classes)]

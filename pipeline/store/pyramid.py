@@ -54,7 +54,17 @@ def _mean(padded: NDArray[Any], factors: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _mode(padded: NDArray[Any], factors: tuple[int, ...]) -> NDArray[Any]:
+    """Return the modes; most cells of labels lie inside one object, and need no votes."""
     views = _neighbours(padded, factors)
+    best = views[0].copy()
+    mixed = np.zeros(best.shape, dtype=np.bool_)
+    for view in views[1:]:
+        mixed |= view != views[0]
+    best[mixed] = _voted([view[mixed] for view in views])
+    return best
+
+
+def _voted(views: list[NDArray[Any]]) -> NDArray[Any]:
     best = views[0].copy()
     votes = np.zeros(best.shape, dtype=np.uint8)
     for view in views:

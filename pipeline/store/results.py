@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pipeline.errors import StoreError
 from pipeline.store.arrays import read_attributes
-from pipeline.store.image import Image
+from pipeline.store.image import Image, open_image
 from pipeline.store.labels import (
     Labels,
     check_same_run,
@@ -102,6 +102,7 @@ def open_result(image: Location, name: str) -> Result:
     """
     result = read_result(image, name)
     if result is None:
+        open_image(image)  # says it if there is none
         have = [*published(image / "labels"), *published_predictions(image / "predictions")]
         raise StoreError(
             f"labels must exist, got none at {label_location(image, name)}; the image has: {', '.join(have) or 'none'}"
