@@ -192,13 +192,16 @@ def test_a_gpu_learns_the_same_weights_each_time_also_after_a_restart(dims, tmp_
 @pytest.mark.parametrize("optimiser", Optimiser)
 def test_a_gpu_learns_what_a_cpu_learns(optimiser):
     recipe = replace(
-        RECIPE, steps=4, validate_every=1, optimiser=optimiser, learning_rate=1e-3, ema=0.5, balance_classes=True,
+        RECIPE, steps=4, validate_every=1, optimiser=optimiser, learning_rate=1e-3, ema=0.2, balance_classes=True,
         clip_norm=1.0, augmentation=CHANGED, precision=Precision.FLOAT32,
     )  # fmt: skip
     settings = recipe.network(dims=2, in_channels=1, n_classes=2)
     there, here = (fitted(settings, recipe=recipe, device=device).curve for device in ("cuda", "cpu"))
-    assert [each.train_loss for each in there] == pytest.approx([each.train_loss for each in here], rel=1e-3)
-    assert [each.loss for each in there] == pytest.approx([each.loss for each in here], rel=1e-3)
+    # Kernels of one CPU differ by 7e-7 with sgd, and by 2e-4 with adamw, which makes whole steps of gradients that are
+    # little more than rounding; a rate that is 2 % too high changes the loss held out by 2e-4 and 2e-3.
+    near = {Optimiser.SGD: 1e-4, Optimiser.ADAMW: 1e-3}[optimiser]
+    assert [each.train_loss for each in there] == pytest.approx([each.train_loss for each in here], rel=near)
+    assert [each.loss for each in there] == pytest.approx([each.loss for each in here], rel=near)
 
 
 def jumpy(**more):

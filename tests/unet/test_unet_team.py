@@ -21,7 +21,7 @@ from pipeline.unet.training.recipe import Optimiser, Schedule
 from pipeline.unet.training.targets import UNKNOWN, Target
 from pipeline.unet.training.team import ALONE, Team
 
-# Rates of sgd follow the gradient; adamw makes a whole step of the rounding where a gradient is zero.
+# Steps of sgd follow the gradient; adamw makes whole steps of gradients that are little more than rounding.
 SHORT = replace(
     RECIPE, optimiser=Optimiser.SGD, momentum=0.9, learning_rate=0.05, steps=4, validate_every=2, batch=4,
     schedule=Schedule.CONSTANT,
@@ -32,7 +32,7 @@ CASES = {
     "weights of classes": replace(SHORT, balance_classes=True, loss=Loss.CROSS_ENTROPY),
     "dropout, three patches": replace(SHORT, dropout=0.4, batch=3),
     "average, longest gradient": replace(SHORT, ema=0.9, clip_norm=0.01),
-    "adamw": replace(SHORT, batch_norm=False, optimiser=Optimiser.ADAMW, learning_rate=1e-3),
+    "adamw": replace(SHORT, optimiser=Optimiser.ADAMW, learning_rate=1e-3),
     "volumes": replace(SHORT, dims=3, depth=1, patch=16, batch=2),
     "changed, going on": replace(SHORT, augmentation=Augmentation(rotation_degrees=90, noise=0.1, gamma=0.3)),
     "deep supervision": replace(SHORT, family=Family.NESTED, deep_supervision=True),

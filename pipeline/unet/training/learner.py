@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Precision
 from pipeline.geometry.tiles import TileRule
+from pipeline.unet.layers import Conv, Stride
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.numbers import widened
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
@@ -72,6 +73,7 @@ class Learner:
         """Return a learner with random weights, drawn from torch's generator."""
         network = UNet(settings).to(device)
         network.to(memory_format=channels_last(settings.dims))  # type: ignore[call-overload]
+        _hold_idle_biases(network)
         kept = deepcopy(network) if recipe.ema else network
         widen(network, n_patches=recipe.batch_size(settings.dims), team=team)
         called = team.parallel(_Supervised(network))
@@ -125,9 +127,10 @@ class Learner:
         if self.kept is not self.network:
             self.kept.load_state_dict(below("average.", state))
         memory: dict[int, dict[str, Tensor]] = {}
+        weights = dict(enumerate(self.optimizer.param_groups[0]["params"]))
         for name, tensor in below("optimiser.", state).items():
             number, _, part = name.partition(".")
-            memory.setdefault(int(number), {})[part] = tensor
+            memory.setdefault(int(number), {})[part] = _remembered(tensor, of=weights[int(number)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": memory, "param_groups": groups})
 
@@ -152,13 +155,36 @@ def follow(average: UNet, network: UNet, *, decay: float) -> None:
         own.copy_(other)
 
 
+def _hold_idle_biases(network: UNet) -> None:
+    """Let the biases in front of a normalisation, which takes away whatever they add, stay zero as they begin.
+
+    Their gradient is the rounding of zero, and AdamW makes whole steps of it, which the running means lag behind: signs
+    of the rounding alone changed the loss of what is held out by 0.2 % (deviation, measured after three steps).
+    """
+    for layer in network.program.layers:
+        if isinstance(layer, Conv | Stride) and layer.norm:
+            network.get_parameter(f"{layer.name}.bias").requires_grad_(False)
+
+
+def _remembered(tensor: Tensor, *, of: Tensor) -> Tensor:
+    """Return an optimiser's memory of a weight as it makes it: of the weight's device, type and strides.
+
+    Fused steps go through both in the order of memory: other strides are an error on a GPU, and wrong weights on a CPU.
+    A checkpoint has numbers in the order of axes, whatever the strides were. A count of steps is a scalar.
+    """
+    if not tensor.ndim:
+        return tensor.clone()
+    if tensor.shape != of.shape:
+        raise ValueError(f"memory of shape {tuple(tensor.shape)} for a weight of shape {tuple(of.shape)}")
+    return torch.empty_like(of, requires_grad=False).copy_(tensor)
+
+
 def _optimizer(network: UNet, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return what takes the steps."""
+    """Return what takes the steps; AdamW in one call, of half the time on a CPU, too, and of one launch on a GPU."""
     weights, rate, decay = network.parameters(), recipe.learning_rate, recipe.weight_decay
     if recipe.optimiser is Optimiser.SGD:
         return torch.optim.SGD(weights, lr=rate, momentum=recipe.momentum, weight_decay=decay)
-    fused = next(network.parameters()).is_cuda or None  # one launch; on the CPU torch's usual way
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
 
 
 def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
