@@ -25,6 +25,7 @@ from typing import Any, Self
 from dask.base import annotate
 from distributed import Client, Future, KilledWorker
 
+from pipeline.compute.devices import gpu_workers
 from pipeline.compute.losses import Losses
 from pipeline.compute.resident import Failed, Stopped, TaskOutcome
 from pipeline.compute.retry_log import RetryLog
@@ -261,7 +262,7 @@ class Window:
         self._asked_s = now = monotonic()
         on_scheduler(self._client, forget_submits)
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
-        with_gpu = frozenset(address for address, each in every.items() if each["resources"].get("GPU", 0) >= 1)
+        with_gpu = gpu_workers(every)
         self._gpu = self._gpu or bool(with_gpu)
         self._workers = with_gpu if self._gpu else frozenset(every)
         self._mixed = len(self._workers) < len(every)
