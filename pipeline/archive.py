@@ -296,7 +296,5 @@ def _truth_of(relative: str, template: str) -> str:
 
 
 def _rank(relative: str, priority: tuple[str, ...]) -> int:
-    for rank, pattern in enumerate(priority):
-        if pattern_of(pattern).fullmatch(relative):
-            return rank
-    return len(priority)
+    ranks = (rank for rank, pattern in enumerate(priority) if pattern_of(pattern).fullmatch(relative))
+    return next(ranks, len(priority))
