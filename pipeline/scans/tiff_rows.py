@@ -75,7 +75,7 @@ def short_strips(key: Any, *, dtype: np.dtype[Any]) -> Rows | None:  # noqa: ANN
     length = key.shaped[2]
     plain = (
         key.compression == _UNCOMPRESSED and key.predictor == key.fillorder == 1 and key.photometric != _YCBCR
-        and key.bitspersample == 8 * dtype.itemsize and key.dtype == dtype.newbyteorder("=")
+        and key.shaped[1] == 1 and key.bitspersample == 8 * dtype.itemsize and key.dtype == dtype.newbyteorder("=")
     )  # fmt: skip
     whole = Rows(dtype, key.shaped, min(key.rowsperstrip, length), length)
     if key.is_tiled or not plain or whole.n_rows_before * whole.row_bytes < _LONG_BYTES:
