@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import replace
-from threading import Event
 from time import monotonic
 from typing import Any
 
@@ -158,13 +157,16 @@ def _scans(
     As one task: Prefect tells the flow runs that a flow begins by their order, so that a run that is resumed, or tried
     again, would be given those of other scans; those that a task begins are made anew.
     """
-    lost = Event()
+    lost = list[ClusterError]()
 
     def lane(scan: Scan, rank: int) -> None:
         SHARED_RUNNER.set(replace(run, priority=-rank))  # so that scans end one after another, not all at once
-        if run.is_lost():
-            lost.set()
-        if lost.is_set() or run.given_up.is_set():
+        if lost or run.given_up.is_set():
+            return
+        try:
+            run.check()
+        except ClusterError as error:  # it would fail every scan, one by one
+            lost.append(error)
             return
         if monotonic() > deadline_s:
             table.put(Outcome(scan, "waiting", "the hours of this run are over"))
@@ -183,8 +185,9 @@ def _scans(
                 raise
 
     all_of_them()
-    if lost.is_set() or run.is_lost():
-        raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
+    if lost:
+        raise lost[0]
+    run.check_alive()
 
 
 def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, Any]) -> Outcome:

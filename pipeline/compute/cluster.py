@@ -90,12 +90,31 @@ class DaskRunner:
         """Return the device of the workers that blocks go to."""
         return device_of(self.client)
 
-    def is_lost(self) -> bool:
-        """Return whether the scheduler is gone; one that the client is just connecting to again gets some seconds."""
+    def check_alive(self) -> None:
+        """See that the scheduler lives; one that the client is just connecting to again gets some seconds.
+
+        Raises
+        ------
+        ClusterError : it is gone.
+        """
         until_s = monotonic() + CONNECT_TIMEOUT_S
         while self.client.status == "connecting" and monotonic() < until_s:
             sleep(0.2)
-        return bool(self.client.status != "running")
+        if self.client.status != "running":
+            raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
+
+    def check(self) -> None:
+        """See that the scheduler lives and that no worker has other versions.
+
+        Raises
+        ------
+        ClusterError : it is gone, or one has.
+        """
+        self.check_alive()
+        try:
+            check_versions(self.client)
+        except OSError:  # it dies in this moment
+            self.check_alive()
 
     @contextmanager
     def _resident(self, work: BlockWork, name: str) -> Iterator[None]:

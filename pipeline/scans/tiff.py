@@ -18,6 +18,7 @@ from pipeline.scans.files import about, opened
 from pipeline.scans.lazy import LazyScan, VoxelSource, damaged
 from pipeline.scans.mapped import MappedSource
 from pipeline.scans.tiff_metadata import complaints, voxel_size_um
+from pipeline.scans.tiff_rows import short_strips
 from pipeline.scans.tiff_segments import Page, SegmentSource
 
 _JPEG = {6, 7, 33007, 34892}
@@ -108,11 +109,16 @@ def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: A
         return MappedSource(path, image.dtype.newbyteorder(tiff.byteorder), shape, image.dataoffset)
     key = image.keyframe
     size, version = about(path)
+    pages = tuple(_page(page, size=size, path=path) for page in image.pages)
+    rows = short_strips(key, dtype=image.dtype.newbyteorder(tiff.byteorder))
+    if rows is not None and all(rows.fit(page.counts) for page in pages):
+        pages = tuple(Page(*rows.places(page.offsets), rows, {}) for page in pages)
+    else:
+        rows = None
     return SegmentSource(
         path=path, dtype=image.dtype.newbyteorder("="), shape=shape, places=_places(image, path=path),
-        page_shape=key.shaped, segment_shape=_segment_shape(key),
-        pages=tuple(_page(page, size=size, path=path) for page in image.pages), nodata=key.nodata,
-        stamp=(size, version), reopen=reopened,
+        page_shape=key.shaped, segment_shape=rows.segment_shape if rows else _segment_shape(key), pages=pages,
+        nodata=key.nodata, stamp=(size, version), reopen=reopened,
     )
 
 

@@ -35,6 +35,8 @@ def test_a_worker_of_another_version_that_joins_later_ends_the_run_in_one_line_a
             work = Scripted(str(tmp_path / "run"), sleep_s=0.05)
             with pytest.raises(RunError, match=r"^workers must have the versions .* on 1 of 1 .* again$"):
                 run(work, range(100_000), on_record=join)
+            with pytest.raises(ClusterError, match=r"^workers must have the versions .* on 1 of 2 "):
+                run.check()
             foreign = {str(each.pid) for each in children(late[0])}
             did = {each.read_text() for each in (tmp_path / "run/attempts").iterdir()}
     assert len(did) == 1

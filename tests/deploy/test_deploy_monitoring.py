@@ -72,6 +72,7 @@ def test_prometheus_finds_every_service_where_compose_has_it():
 def test_grafana_finds_its_data_and_its_dashboards():
     (source,) = load("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     assert {panel["datasource"]["uid"] for panel in PANELS} == {source["uid"]}
+    assert source["jsonData"]["timeInterval"] == load("prometheus/prometheus.yml")["global"]["scrape_interval"]
     (provider,) = load("grafana/provisioning/dashboards/haloseg.yaml")["providers"]
     mounts = load("compose.yaml")["services"]["grafana"]["volumes"]
     assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts
