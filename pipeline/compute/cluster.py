@@ -87,8 +87,20 @@ class DaskRunner:
         self.given_up.set()
 
     def device(self) -> str:
-        """Return the device of the workers that blocks go to."""
-        return device_of(self.client)
+        """Return the device of the workers that blocks go to.
+
+        Raises
+        ------
+        ClusterError : the scheduler is gone.
+        """
+        self.check_alive()
+        try:
+            return device_of(self.client)
+        except Exception as error:
+            raise ClusterError(
+                f"the workers must tell what they compute on, got {cause_of(error)}; see that the scheduler lives, and "
+                "run the same command again"
+            ) from error
 
     def check_alive(self) -> None:
         """See that the scheduler lives; one that the client is just connecting to again gets some seconds.

@@ -1,10 +1,12 @@
 """The device of a run on a cluster is that of its workers, whatever the machine that plans it has."""
 
+import pytest
 from clusters import processes
 from volumes import model_file, scan_file
 
 from pipeline.cli import main
 from pipeline.compute.cluster import device_at, open_runner
+from pipeline.errors import ClusterError
 
 # stands for a GPU: torch says on this worker that there is one
 WITH_GPU = "import torch; torch.cuda.is_available = lambda: True"
@@ -22,6 +24,10 @@ def test_a_run_is_for_gpus_where_every_worker_that_gets_blocks_has_one(tmp_path,
         started.worker(*preloaded, "--resources", "GPU=1")
         run.client.wait_for_workers(3, timeout=60)
         assert run.device() == device_at(started.address) == "cuda"
+        started.scheduler.kill()
+        started.scheduler.wait(10)
+        with pytest.raises(ClusterError, match=r"^the (Dask scheduler must live|workers must tell what they compute)"):
+            run.device()
 
 
 def open_runner_of(started, *options):
