@@ -5,8 +5,8 @@ not count. CPU seconds, of all threads, tell how far other work on the machine h
 highest resident memory during the run above that right before it. The truth is one forward pass over the whole mirrored
 scan; classes count where its two most probable ones differ by more than rounding does. ``matrix_share`` is the scan's
 own arithmetic, without any halo, per second, of what a large product of matrices in this precision reaches on the
-device. A GPU gets larger scans. Scans, models and truths stay in build/bench/peers for the next run. Writes
-build/bench/peers.json. Needs the extra ``bench``.
+device. A GPU gets larger scans, and each scheme runs once before it is timed: cuDNN is loaded then. Scans, models and
+truths stay in build/bench/peers for the next run. Writes build/bench/peers.json. Needs the extra ``bench``.
 
     python tests/benchmarks/bench_peers.py [--quick] [--cases "3-D 256;2-D 4096"] [--schemes "MONAI;dask"] [--rounds 3]
         [--device cpu|cuda]
@@ -78,10 +78,12 @@ def run_row(case, scheme, device):
     """Run one scheme in this process and return its seconds, its memory and how far its probabilities are off."""
     shape, settings = EVERY[case]
     job = Job(folder_of(case), settings.dims, device)
-    if Path(job.classes).is_symlink():
-        Path(job.classes).unlink()
-    shutil.rmtree(job.classes, ignore_errors=True)
-    run = SCHEMES[scheme].prepare(job)
+    run = prepared(job, scheme)
+    if device == "cuda":
+        run()
+        run = prepared(job, scheme)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory starts anew, proc_pid_clear_refs(5)
     begin, cpu = time.perf_counter(), time.process_time()
@@ -99,6 +101,13 @@ def run_row(case, scheme, device):
         likely, truth = told[0].float().softmax(dim=0).cpu().numpy(), np.load(job.folder / "truth.npy", mmap_mode="r")
         row["max_difference"] = max(float(np.abs(a - b).max()) for a, b in zip(likely, truth, strict=True))
     return row
+
+
+def prepared(job, scheme):
+    if Path(job.classes).is_symlink():
+        Path(job.classes).unlink()
+    shutil.rmtree(job.classes, ignore_errors=True)
+    return SCHEMES[scheme].prepare(job)
 
 
 def matrix_rate(precision, device):
