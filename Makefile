@@ -24,6 +24,12 @@ test: $(READY)   ## the test suite, under 10 minutes on 2 cores
 test-slow: $(READY) ## the tests that take minutes each
 	.venv/bin/python -m pytest -m slow
 
+test-newest:     ## the test suite on the newest of every dependency, in .venv-newest; PYTHON= for another python3
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	.venv-newest/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 lint: $(READY)   ## ruff and mypy --strict
 	.venv/bin/ruff check pipeline flows tests deploy
 	.venv/bin/mypy
@@ -52,6 +58,6 @@ demo-model: $(READY) ## make the demo's scan and model again (needs HALOSEG_DATA
 	.venv/bin/python -m pipeline.demo.make
 
 clean:           ## remove what the targets made
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-newest build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo serve test test-slow lint bench bench-scale bench-archive bench-train bench-memory demo-model clean
+.PHONY: help demo serve test test-slow test-newest lint bench bench-scale bench-archive bench-train bench-memory demo-model clean

@@ -52,8 +52,10 @@ def changed_s(path: Location) -> float | None:
         return max((entry.changed_s for entry in path.below()), default=None)
     file, now, newest = Path(path.url), time(), None
     deep = path.name.endswith(".zarr")
-    inside = file.rglob("*") if deep else file.iterdir()
-    for each in inside if file.is_dir() else [file]:
+    inside = iter([file])
+    if file.is_dir():
+        inside = file.rglob("*") if deep else file.iterdir()
+    for each in inside:
         try:
             about = each.stat()
         except OSError:
