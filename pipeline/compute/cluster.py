@@ -30,7 +30,7 @@ from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
 from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
-from pipeline.compute.versions import Gate, check_versions
+from pipeline.compute.versions import Gate, check_versions, of_this_process
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
 
@@ -131,7 +131,7 @@ class DaskRunner:
     @contextmanager
     def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
         """Keep the work on every worker for as long as the block runs."""
-        plugin = Gate(ResidentWork(work, stuck_after_s=self.stuck_after_s))
+        plugin = Gate(ResidentWork(work, stuck_after_s=self.stuck_after_s), versions=of_this_process())
         try:
             for orphan in on_scheduler(self.client, orphans) or ():
                 with suppress(Exception):  # another run may sweep at the same moment

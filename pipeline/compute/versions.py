@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import cloudpickle  # type: ignore[import-untyped]
 from distributed import Client, Worker, WorkerPlugin, get_worker
@@ -49,6 +50,21 @@ def installed() -> dict[str, str]:
     return found
 
 
+def of_worker(dask_worker: Worker) -> dict[str, str]:
+    """Return what a worker had installed when it was first asked: what is installed later, it does not run."""
+    kept = vars(dask_worker)
+    if "haloseg_installed" not in kept:
+        kept["haloseg_installed"] = installed()
+    found: dict[str, str] = kept["haloseg_installed"]
+    return found
+
+
+@cache
+def of_this_process() -> dict[str, str]:
+    """Return what this process had installed when it first asked."""
+    return installed()
+
+
 class Gate(WorkerPlugin):
     """Lets another plugin in on workers that have installed what is installed here, also on those that join later.
 
@@ -57,14 +73,14 @@ class Gate(WorkerPlugin):
     let_in : the other plugin, on a worker of the same versions that has set it up
     """
 
-    def __init__(self, plugin: WorkerPlugin) -> None:
+    def __init__(self, plugin: WorkerPlugin, *, versions: dict[str, str]) -> None:
         self._pickled: bytes = cloudpickle.dumps(plugin)
-        self._versions = installed()
+        self._versions = versions  # given, since what a class names travels with it, and caches go by name
         self.let_in: WorkerPlugin | None = None
 
     def setup(self, worker: Worker) -> None:
         """Set the plugin up, if the versions are alike."""
-        if installed() == self._versions:
+        if of_worker(worker) == self._versions:
             plugin: WorkerPlugin = pickle.loads(self._pickled)
             plugin.setup(worker)
             self.let_in = plugin
@@ -113,8 +129,8 @@ def compared(client: Client, workers: frozenset[str] | None = None) -> tuple[fro
     workers : addresses of those to ask; all by default. One that dies or leaves meanwhile tells nothing.
     """
     asked = None if workers is None else sorted(workers)
-    told = client.run(installed, workers=asked, on_error="return")
-    here, there = installed(), {worker: each for worker, each in told.items() if isinstance(each, dict)}
+    told = client.run(of_worker, workers=asked, on_error="return")
+    here, there = of_this_process(), {worker: each for worker, each in told.items() if isinstance(each, dict)}
     for name, ours in here.items():
         if others := [each[name] for each in there.values() if each[name] != ours]:
             return frozenset(there), (

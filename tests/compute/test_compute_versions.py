@@ -12,7 +12,7 @@ from compute_works import Scripted
 
 import pipeline
 from pipeline.compute.cluster import open_runner
-from pipeline.compute.versions import installed
+from pipeline.compute.versions import compared, installed, of_this_process, of_worker
 from pipeline.errors import ClusterError, RunError
 
 HERE = Path(pipeline.__file__).parent
@@ -68,3 +68,15 @@ def test_workers_of_an_older_version_are_refused_in_one_line_and_those_of_the_sa
 def test_versions_are_of_what_decides_the_bytes():
     assert set(installed()) == {"python", "haloseg", "torch", "zarr"}
     assert not [each for each in installed().values() if "+" in each or "none" in each]
+
+
+def test_what_is_installed_under_a_worker_that_runs_is_not_what_it_runs(tmp_path):
+    shutil.copytree(HERE, tmp_path / "its/pipeline", ignore=shutil.ignore_patterns("__pycache__", "*.tif"))
+    with processes(tmp_path) as started:
+        started.worker(PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path / "its"))
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            assert compared(run.client)[1] == ""
+            (tmp_path / "its/pipeline/report.py").write_text("# of another version")
+            assert compared(run.client)[1] == ""
+            (told,) = run.client.run(of_worker).values()
+    assert told == of_this_process() == installed()
