@@ -110,6 +110,7 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100",
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": '["pipeline.compute.metrics"]',
         "HALOSEG_CLUSTERS": os.environ.get("HALOSEG_CLUSTERS", address),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
     }  # fmt: skip

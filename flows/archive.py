@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import replace
-from threading import Event
 from time import monotonic
 from typing import Any
 
@@ -35,6 +34,7 @@ from flows.parameters import (
     LabelName,
     Limit,
     ModelPath,
+    Numbers,
     Pattern,
     Priority,
     Settle,
@@ -51,6 +51,7 @@ from pipeline.archive import Archive, Scan, Survey
 from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
+from pipeline.config import Precision
 from pipeline.errors import ClusterError, GivenUpError, PipelineError, TakenError
 from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
@@ -98,12 +99,13 @@ def segment_archive(
     images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = 2,
     budget_bytes: Budget = None, limit: Limit = None, budget_hours: BudgetHours = None,
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
+    precision: Numbers = Precision.FLOAT32,
 ) -> State[Any]:
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""
-    settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes}
+    settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes, "precision": precision}
     deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
     try:
-        what = Archive(archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority))
+        what = Archive(archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority), precision)
         check_paths(archive, what.model, images)
         check_cluster(cluster)
         with pausable(), logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:
@@ -155,13 +157,16 @@ def _scans(
     As one task: Prefect tells the flow runs that a flow begins by their order, so that a run that is resumed, or tried
     again, would be given those of other scans; those that a task begins are made anew.
     """
-    lost = Event()
+    lost = list[ClusterError]()
 
     def lane(scan: Scan, rank: int) -> None:
         SHARED_RUNNER.set(replace(run, priority=-rank))  # so that scans end one after another, not all at once
-        if run.is_lost():
-            lost.set()
-        if lost.is_set() or run.given_up.is_set():
+        if lost or run.given_up.is_set():
+            return
+        try:
+            run.check()
+        except ClusterError as error:  # it would fail every scan, one by one
+            lost.append(error)
             return
         if monotonic() > deadline_s:
             table.put(Outcome(scan, "waiting", "the hours of this run are over"))
@@ -180,8 +185,9 @@ def _scans(
                 raise
 
     all_of_them()
-    if lost.is_set() or run.is_lost():
-        raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
+    if lost:
+        raise lost[0]
+    run.check_alive()
 
 
 def _of_scan(scan: Scan, archive: Archive, table: Table, *, settings: dict[str, Any]) -> Outcome:

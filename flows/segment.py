@@ -13,7 +13,18 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from prefect.states import Cancelled
 
-from flows.parameters import Budget, Cluster, ImagePath, LabelName, ModelPath, ScanPath, Shard, TruthPath, Workers
+from flows.parameters import (
+    Budget,
+    Cluster,
+    ImagePath,
+    LabelName,
+    ModelPath,
+    Numbers,
+    ScanPath,
+    Shard,
+    TruthPath,
+    Workers,
+)
 from flows.reports import failure_markdown, kind_of, plan_markdown, report_markdown
 from flows.showing import key_of, shown
 from flows.slots import slot
@@ -22,10 +33,10 @@ from flows.stopping import given_up, pausable
 from flows.watching import SHARED_RUNNER, logged, watched
 from pipeline.compare import Compared
 from pipeline.compute.address import check_cluster
-from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute.cluster import DaskRunner, device_at, open_runner
 from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import UNCOUNTED_WORKERS, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, Precision, Scheme
 from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
@@ -66,15 +77,19 @@ def _warn_of(retries: Retries) -> None:
 
 @stage("segment")
 def segment_stage(
-    image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int | None
+    image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int | None, precision: Precision,
 ) -> Segmented:
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
-    scheme = Scheme(device=pick_device("auto"), budget_bytes=budget_bytes, n_workers=n_workers)
+    device = pick_device("auto") if cluster == "local" else "cuda"  # a cluster is asked where something is to be done
+    scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
-    plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
+    if n_missing and cluster != "local":
+        scheme = replace(scheme, device=shared.device() if shared else device_at(cluster))
+        plan = plan_segment(image, model=model, name=name, scheme=scheme)
+    plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
     what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
     kind = "columns" if plan.columns else "tiles"
@@ -131,6 +146,7 @@ def report_stage(image: str, result: Segmented, *, figures: Figures | None, caus
 def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
     cluster: Cluster = "local", workers: Workers = 2, budget_bytes: Budget = None, shard: Shard = None,
+    precision: Numbers = Precision.FLOAT32,
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
@@ -143,8 +159,9 @@ def segment_scan(
         with pausable(), logged(), held(Location(image).absolute()):
             path, copied = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
-                path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes
-            )
+                path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes,
+                precision=precision,
+            )  # fmt: skip
             result = replace(result, retries=result.retries.after("ingest", copied))
             figures, cause = _evaluated(str(result.result.location), truth)
             report_stage(path, result, figures=figures, cause=cause)

@@ -57,6 +57,7 @@ class Archive:
     truth : where a scan's truth lies, "{stem}-truth.tif" or "truth/{name}", from the scan's folder; None: there is none
     settle_s : a scan that was changed less long ago is still being copied
     priority : globs; scans of the first one go first, and so on; then the oldest
+    precision : in which results are made; those of another are not done
     """
 
     root: str
@@ -67,6 +68,7 @@ class Archive:
     truth: str | None = None
     settle_s: float = 60.0
     priority: tuple[str, ...] = ()
+    precision: Precision = Precision.FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +225,11 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str, scaling: Scaling)
         return replace(scan, state=State.BLOCKED, detail=detail)
     if image is not None and image.statistics:
         made = read_result(location, archive.name)
-        now = fingerprint(image, model_sha256, Precision.FLOAT32, scaling=scaling)
+        now = fingerprint(image, model_sha256, archive.precision, scaling=scaling)
         if made is not None and made.fingerprint != now:
-            kind = made.location.parent.name
-            detail = f"{kind} {archive.name} are of another model; choose another name or delete {made.location}"
+            kind, same_model = made.location.parent.name, made.fingerprint | {"precision": now["precision"]} == now
+            what = "in another precision" if same_model else "of another model"
+            detail = f"{kind} {archive.name} are {what}; choose another name or delete {made.location}"
             return replace(scan, state=State.BLOCKED, detail=detail)
         if made is not None and is_published(made):
             scan, is_due = replace(scan, n_voxels=prod(image.spatial_shape)), made.report_due
@@ -293,7 +296,5 @@ def _truth_of(relative: str, template: str) -> str:
 
 
 def _rank(relative: str, priority: tuple[str, ...]) -> int:
-    for rank, pattern in enumerate(priority):
-        if pattern_of(pattern).fullmatch(relative):
-            return rank
-    return len(priority)
+    ranks = (rank for rank, pattern in enumerate(priority) if pattern_of(pattern).fullmatch(relative))
+    return next(ranks, len(priority))

@@ -132,8 +132,7 @@ def _has_classes(result: Any) -> bool:  # noqa: ANN401
 
 def verify(args: Namespace) -> Document:
     """Compute sampled boxes of a result again, by the reference."""
-    device = resolve_name("pipeline.unet.device:pick_device")(args.device)
-    scheme = Scheme(device=device, budget_bytes=args.budget)
+    scheme = Scheme(device=_device(args), budget_bytes=args.budget)
     with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
         certificate = resolve_name("pipeline.verify:verify")(
             args.image, name=args.name, model=args.model and _model(args.model), n_boxes=args.boxes, seed=args.seed,
@@ -176,12 +175,22 @@ def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # 
 
 
 def _scheme_of(args: Namespace) -> Scheme:
-    device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+    device = _device(args)
     return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
         precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
         column=args.column, n_workers=_n_workers(args, device), budget_bytes=args.budget,
     )  # fmt: skip
+
+
+def _device(args: Namespace) -> str:
+    """Return where the blocks are computed: by the workers of a scheduler, which may have GPUs, or here."""
+    cluster = getattr(args, "cluster", "local")
+    if cluster == "local":
+        device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+    else:
+        device = args.device if args.device != "auto" else resolve_name("pipeline.compute.cluster:device_at")(cluster)
+    return str(device)
 
 
 def _n_workers(args: Namespace, device: str) -> int:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
+from pipeline.errors import ScanError
+from pipeline.scans.backend import open_scan
+from pipeline.scans.registry import is_remote_file
 from pipeline.store.location import Location
 
+_STAMPS = ("name", "n_bytes", "time_of_change")
 _LEFT_BY_BROWSERS = {".DS_Store", "Thumbs.db"}
 
 
@@ -35,6 +41,46 @@ def stamps(scan: str) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         about |= {"n_bytes": sum(n_bytes for _, n_bytes, _ in files), "time_of_change": digest}
     return about
+
+
+def open_identified(scan: str) -> tuple[xr.DataArray, dict[str, Any]]:
+    """Return a scan and its identity, which are of one version of it."""
+    before, array = stamps(scan), open_scan(scan)
+    about = identity(scan, array)
+    check_unchanged(scan, before)
+    return array, about
+
+
+def file_stamps(scan: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the stamps in a scan's identity where they are of one file, which can be compared at any time."""
+    path = str(scan).partition("::")[0]
+    one = is_remote_file(path) if "://" in path else Path(path).is_file()
+    return {key: about[key] for key in _STAMPS if key in about} if one else None
+
+
+@contextmanager
+def unchanged(scan: str, stamps: Mapping[str, Any] | None) -> Iterator[None]:
+    """See that what the block reads is of the scan as it was, also where it seems damaged; see check_unchanged."""
+    try:
+        yield
+    finally:
+        if stamps is not None:
+            check_unchanged(scan, stamps)
+
+
+def check_unchanged(scan: str, before: Mapping[str, Any]) -> None:
+    """Refuse a scan that was written anew since ``before``, its stamps or identity; what was read may be of two.
+
+    Raises
+    ------
+    ScanError : it is another version now, or gone.
+    """
+    now = stamps(scan)
+    if now != {key: before.get(key) for key in now} or ("n_bytes" in before and "n_bytes" not in now):
+        raise ScanError(
+            f"a scan must stay as it is while it is copied, got another version of {scan} than at the start; let it "
+            "come to rest and run the same command again"
+        )
 
 
 def _local_files(path: str) -> list[tuple[str, int, int]]:

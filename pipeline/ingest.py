@@ -16,7 +16,7 @@ from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_ser
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.errors import ArgumentError, InputError, QuarantineError, ScanError, StoreError
 from pipeline.geometry.grid import BlockGrid
-from pipeline.identity import identity
+from pipeline.identity import check_unchanged, file_stamps, open_identified, unchanged
 from pipeline.scans.backend import open_scan
 from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
@@ -35,17 +35,20 @@ _NOTES, _NOTES_OF_BEFORE = ".measured", ".histograms"  # an older haloseg noted 
 class IngestBlocks:
     """The work of copying a scan into an array, one shard per block; see BlockWork.
 
-    ``notes`` is where each block leaves its part of the statistics, before its shard; None for labels.
+    ``notes`` is where each block leaves its part of the statistics, before its shard; None for labels. ``stamps`` are
+    those of the scan, compared after each reading; None where they are of many files, which are compared at the end.
     """
 
     scan: str
     target: Location
     grid: BlockGrid
     notes: Notes | None
+    stamps: dict[str, Any] | None = None
 
     def setup(self) -> Any:  # noqa: ANN401
         """Open the scan and the array."""
-        return open_scan(self.scan), open_array(self.target)
+        with unchanged(self.scan, self.stamps):
+            return open_scan(self.scan), open_array(self.target)
 
     def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
         """Copy one block."""
@@ -53,7 +56,8 @@ class IngestBlocks:
         core = self.grid.block(index).core
         begin = perf_counter()
         region = dict(zip(_spatial(scan), core.slices, strict=True))
-        voxels = np.asarray(scan.isel(region)).astype(target.dtype, copy=False)
+        with unchanged(self.scan, self.stamps):
+            voxels = np.asarray(scan.isel(region)).astype(target.dtype, copy=False)
         voxels = voxels.reshape(target.shape[: target.ndim - core.ndim] + core.shape)
         read = perf_counter()
         with storage_errors(self.target):
@@ -84,13 +88,13 @@ def ingest(
     ------
     InputError : the scan cannot be read, or ``image`` holds something else; nothing was written.
     """
-    array = open_scan(scan := _absolute(scan))
+    array, identified = open_identified(scan := _absolute(scan))
     target, size = Location(str(image)).absolute(), voxel_size_um or array.attrs.get("voxel_size_um")
     _check_intensities(array, scan)
     shape = tuple(array.sizes[d] for d in _spatial(array))
     size = _per_axis(size, shape, "voxel size") if size else None
     layout = plan_layout(shape, chunk=_per_axis(chunk, shape, "chunk"), shard=_per_axis(shard, shape, "shard"))
-    about = identity(scan, array) | {"layout": [list(layout.chunk), list(layout.shard)], "voxel_size_um": _listed(size)}
+    about = identified | {"layout": [list(layout.chunk), list(layout.shard)], "voxel_size_um": _listed(size)}
     if overwrite:
         _delete_image(target, scan)
     there = _same_ingest(target, about)
@@ -113,7 +117,7 @@ def ingest_labels(
     """Make the label volume ``name`` of an image from any scan of integers of the image's shape."""
     of = open_image(Location(str(image)).absolute())
     target = label_location(of.location, name)
-    array = open_scan(scan := _absolute(scan))
+    array, identified = open_identified(scan := _absolute(scan))
     shape = tuple(array.sizes[d] for d in _spatial(array))
     if array.dtype.kind not in "iub":
         raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
@@ -122,13 +126,15 @@ def ingest_labels(
         raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; pad or crop them")
     labels = Labels(
         target, of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
-        identity(scan, array), provenance={"made_by": "haloseg ingest"},
+        identified, provenance={"made_by": "haloseg ingest"},
     )  # fmt: skip
     check_same_result(labels)
     with _undone_by_bad_input(target, when=read_labels(target) is None), storage_errors(target):
         create_labels(of, labels)
         grid = BlockGrid(of.spatial_shape, of.layout.shard)
-        _copy(IngestBlocks(scan, labels.location / "0", grid, None), run=run, watch=watch)
+        work = IngestBlocks(scan, labels.location / "0", grid, None, file_stamps(scan, identified))
+        _copy(work, run=run, watch=watch)
+        check_unchanged(scan, identified)
         _levels(labels, Downsampling.MODE, run=run, watch=watch)
         publish(of, labels)
     return labels
@@ -137,7 +143,8 @@ def ingest_labels(
 def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
     """Copy what is missing, build the pyramid, gather the statistics, and commit."""
     notes, grid = Notes(image.location / _NOTES), BlockGrid(image.spatial_shape, image.layout.shard)
-    _copy(IngestBlocks(scan, image.location / "0", grid, notes), run=run, watch=watch)
+    _copy(IngestBlocks(scan, image.location / "0", grid, notes, file_stamps(scan, image.scan)), run=run, watch=watch)
+    check_unchanged(scan, image.scan)
     _levels(image, Downsampling.MEAN, run=run, watch=watch)
     return measure(image, run=run, watch=watch)
 

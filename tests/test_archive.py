@@ -15,6 +15,7 @@ from volumes import as_of_before, model_file, scan_file
 
 from pipeline.archive import Archive, State, survey
 from pipeline.compute.runner import run_serial
+from pipeline.config import Precision
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
@@ -134,6 +135,9 @@ def test_labels_of_another_model_are_left_and_told(home):
     archive = archive_of(home, pattern="a.tif")
     (scan,) = survey(archive).scans
     segmented(scan.path, scan.image, archive)
+    (scan,) = survey(replace(archive, precision=Precision.BF16)).scans
+    assert scan.state is State.BLOCKED
+    assert scan.detail.startswith("labels classes are in another precision; choose another name or delete ")
     model_file(home / "model.safetensors", seed=1)
     (scan,) = survey(archive).scans
     assert scan.state is State.BLOCKED

@@ -18,6 +18,7 @@ from pipeline.export import export_bioimageio
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.adopt import Description, adopt
 from pipeline.unet.foreign.pt2 import read_pt2
+from pipeline.unet.foreign.torchscript import deprecated
 from pipeline.unet.model import load_model, save_model
 from pipeline.unet.settings import Head, Padding, UNetSettings
 
@@ -86,8 +87,7 @@ def test_weights_and_test_tensors_are_those_of_the_model(packed):
     raw, likely = (np.load(io.BytesIO(out[f"test_{end}.npy"])) for end in ("input", "output"))
     assert raw.dtype == likely.dtype == np.float32
     scaled = as_described(raw, described["inputs"][0]["preprocessing"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 deprecates TorchScript
+    with deprecated():
         script = torch.jit.load(io.BytesIO(out["weights.pt"]))
         got = script(torch.from_numpy(scaled)).detach().numpy()
     np.testing.assert_allclose(got, likely, atol=1e-4)

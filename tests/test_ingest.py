@@ -1,4 +1,6 @@
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import ome_zarr_models
@@ -16,9 +18,11 @@ from pipeline.errors import ScanError, StoreError
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
+from pipeline.store.location import Location
 from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
 
+RNG = np.random.default_rng(0)
 
 def tensorstore_read(path):
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
@@ -203,3 +207,60 @@ def test_file_urls_are_paths(tmp_path):
     scan_file(tmp_path / "scan.tif", (20, 30))
     ingest(str(tmp_path / "scan.tif"), f"file://{tmp_path}/scan.zarr")
     assert open_image(tmp_path / "scan.zarr").spatial_shape == (20, 30)
+
+
+def written_anew(scan, content, *, by=run_serial):
+    """Return a runner after whose first block the scan is another one; ``by`` runs the other blocks."""
+
+    def run(work, indices, *, on_record):
+        def on_first(record):
+            on_record(record)
+            Location(scan).write_bytes(content)
+            if by is not run_serial:
+                raise StopIteration
+
+        with suppress(StopIteration):
+            return run_serial(work, indices, on_record=on_first)
+        return by(work)
+
+    return run
+
+
+def later_worker(work):
+    """Open the scan as a worker does that joins in the middle of a run."""
+    work.setup()
+    return ()
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+@pytest.mark.parametrize(
+    ("how", "by"), [("plain", run_serial), ("tiled", run_serial), ("cut", run_serial), ("cut", later_worker)]
+)
+def test_a_scan_that_is_written_anew_while_it_is_copied_is_refused_in_one_line(where, how, by, tmp_path, request):
+    folder = str(tmp_path) if where == "disk" else request.getfixturevalue("bucket")
+    voxels, contents = RNG.integers(0, 255, (5, 96, 96), dtype=np.uint8), []
+    for each in (voxels, voxels[::-1]):
+        tiled = {"compression": "zlib", "tile": (32, 32)} if how == "tiled" else {}
+        tifffile.imwrite(tmp_path / "made.tif", each, **tiled)
+        contents.append((tmp_path / "made.tif").read_bytes())
+    other = contents[1][: len(contents[1]) // 2] if how == "cut" else contents[1]
+    assert len(other) == len(contents[0]) or how != "plain"
+    scan, image = f"{folder}/scan.tif", f"{folder}/scan.zarr"
+    Location(scan).write_bytes(contents[0])
+    with pytest.raises(ScanError, match=rf"^a scan must stay as it is .*, got another version of {scan} than .*"):
+        ingest(scan, image, shard=(32,), run=written_anew(scan, other, by=by))
+    assert not Location(image).exists()
+    if how != "cut":
+        ingest(scan, image, shard=(32,))
+        np.testing.assert_array_equal(open_image(Location(image)).array[0], voxels[::-1])
+
+
+def test_a_slice_that_is_written_anew_while_a_folder_is_copied_is_noticed_before_the_end(tmp_path):
+    (tmp_path / "slices").mkdir()
+    for number in range(3):
+        tifffile.imwrite(tmp_path / f"slices/{number}.tif", RNG.integers(0, 255, (64, 64), dtype=np.uint8))
+    slice_ = str(tmp_path / "slices/1.tif")
+    run = written_anew(slice_, Path(slice_).read_bytes())
+    with pytest.raises(ScanError, match=r"^a scan must stay as it is while it is copied, got another version of "):
+        ingest(str(tmp_path / "slices"), str(tmp_path / "scan.zarr"), shard=(32,), run=run)
+    assert not (tmp_path / "scan.zarr").exists()

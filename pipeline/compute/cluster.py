@@ -24,12 +24,13 @@ from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
+from pipeline.compute.devices import device_of
 from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
 from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
-from pipeline.compute.versions import check_versions
+from pipeline.compute.versions import Gate, check_versions
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
 
@@ -85,17 +86,52 @@ class DaskRunner:
         """End all runs on this cluster soon, from any thread: each raises GivenUpError, and its blocks stop."""
         self.given_up.set()
 
-    def is_lost(self) -> bool:
-        """Return whether the scheduler is gone; one that the client is just connecting to again gets some seconds."""
+    def device(self) -> str:
+        """Return the device of the workers that blocks go to.
+
+        Raises
+        ------
+        ClusterError : the scheduler is gone.
+        """
+        self.check_alive()
+        try:
+            return device_of(self.client)
+        except Exception as error:
+            raise ClusterError(
+                f"the workers must tell what they compute on, got {cause_of(error)}; see that the scheduler lives, and "
+                "run the same command again"
+            ) from error
+
+    def check_alive(self) -> None:
+        """See that the scheduler lives; one that the client is just connecting to again gets some seconds.
+
+        Raises
+        ------
+        ClusterError : it is gone.
+        """
         until_s = monotonic() + CONNECT_TIMEOUT_S
         while self.client.status == "connecting" and monotonic() < until_s:
             sleep(0.2)
-        return bool(self.client.status != "running")
+        if self.client.status != "running":
+            raise ClusterError("the Dask scheduler must live as long as the run, got none; the next run goes on")
+
+    def check(self) -> None:
+        """See that the scheduler lives and that no worker has other versions.
+
+        Raises
+        ------
+        ClusterError : it is gone, or one has.
+        """
+        self.check_alive()
+        try:
+            check_versions(self.client)
+        except OSError:  # it dies in this moment
+            self.check_alive()
 
     @contextmanager
     def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
         """Keep the work on every worker for as long as the block runs."""
-        plugin = ResidentWork(work, stuck_after_s=self.stuck_after_s)
+        plugin = Gate(ResidentWork(work, stuck_after_s=self.stuck_after_s))
         try:
             for orphan in on_scheduler(self.client, orphans) or ():
                 with suppress(Exception):  # another run may sweep at the same moment
@@ -103,8 +139,7 @@ class DaskRunner:
             self.client.register_plugin(plugin, name=name)
         except Exception as error:
             raise ClusterError(
-                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live "
-                "and have the same haloseg installed"
+                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live"
             ) from error
         try:
             yield
@@ -141,6 +176,12 @@ def open_runner(
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
         with losses.listening(client):
             yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)
+
+
+def device_at(address: str) -> str:
+    """Return the device of the workers of the scheduler at an address; see ``open_runner`` for what it raises."""
+    with open_runner(cluster=address, n_workers=1) as run:
+        return run.device()
 
 
 @contextmanager

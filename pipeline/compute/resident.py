@@ -10,7 +10,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 from dask.utils import key_split
-from distributed import Worker, WorkerPlugin, get_worker
+from distributed import Worker, WorkerPlugin
 
 from pipeline.compute.metrics import count, count_failure
 from pipeline.compute.pulse import STUCK_AFTER_S, Pulse, StoppedError
@@ -73,6 +73,19 @@ class ResidentWork(WorkerPlugin):
         self._over, self._ready = True, None
         self._pulse.stop()
 
+    def run_blocks(self, indices: tuple[int, ...], *, task_s: float) -> TaskOutcome:
+        """Run blocks; after ``task_s`` seconds, or an error that ends the run, no further one begins."""
+        if key_split.cache_info().currsize > _KEYS_KEPT:
+            key_split.cache_clear()
+        outcomes: list[Outcome] = []
+        with _ONE_TASK:
+            begin = monotonic()
+            for index in indices:
+                outcomes.append(self.run(index))
+                if monotonic() - begin >= task_s or isinstance(outcomes[-1], Stopped):
+                    break
+            return TaskOutcome(tuple(outcomes), monotonic() - begin)
+
     def run(self, index: int) -> Outcome:
         """Run one block, and count what it did."""
         with self._pulse.of_block(index):
@@ -107,31 +120,6 @@ class ResidentWork(WorkerPlugin):
                 f"every worker must get ready for its blocks, got {cause_of(error)} on {self._worker}; mend it and run "
                 "the same command again"
             ) from error
-
-
-def run_blocks(name: str, indices: tuple[int, ...], task_s: float) -> TaskOutcome:
-    """Run blocks with the work that the plugin of this name holds; this is the task that Dask sees.
-
-    After ``task_s`` seconds, or an error that ends the run, no further block begins.
-    """
-    if key_split.cache_info().currsize > _KEYS_KEPT:
-        key_split.cache_clear()
-    outcomes: list[Outcome] = []
-    with _ONE_TASK:
-        begin = monotonic()
-        for index in indices:
-            outcomes.append(_run_block(name, index))
-            if monotonic() - begin >= task_s or isinstance(outcomes[-1], Stopped):
-                break
-        return TaskOutcome(tuple(outcomes), monotonic() - begin)
-
-
-def _run_block(name: str, index: int) -> Outcome:
-    worker = get_worker()
-    plugin = worker.plugins.get(name)
-    if not isinstance(plugin, ResidentWork):
-        return Failed("the worker does not hold the run's work yet", worker.address)
-    return plugin.run(index)
 
 
 def _portable(error: PipelineError) -> PipelineError:

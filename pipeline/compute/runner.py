@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from pipeline.compute.retry_log import RetryLog
 from pipeline.errors import PipelineError, RunError
-
-log = logging.getLogger("haloseg")
 
 RETRIES = 2
 LARGEST_QUARANTINE = 100
@@ -98,17 +97,20 @@ def run_serial(
     """Run the blocks one after another in this process; see RunBlocks."""
     state = work.setup()
     quarantined: list[Quarantined] = []
-    for index in indices:
-        record = _tried(work, state, index)
-        if isinstance(record, BlockRecord):
-            on_record(record)
-        else:
-            quarantined.append(record)
-            check_quarantine(quarantined)
+    with closing(RetryLog()) as retry_log:
+        for index in indices:
+            record = _tried(work, state, index, retry_log=retry_log)
+            if isinstance(record, BlockRecord):
+                on_record(record)
+            else:
+                quarantined.append(record)
+                check_quarantine(quarantined)
     return tuple(quarantined)
 
 
-def _tried(work: BlockWork, state: Any, index: int) -> BlockRecord | Quarantined:  # noqa: ANN401
+def _tried(
+    work: BlockWork, state: Any, index: int, *, retry_log: RetryLog  # noqa: ANN401
+) -> BlockRecord | Quarantined:
     """Run one block, as often as it takes up to the number of retries."""
     causes: list[str] = []
     for attempt in range(1 + RETRIES):
@@ -119,5 +121,5 @@ def _tried(work: BlockWork, state: Any, index: int) -> BlockRecord | Quarantined
             raise
         except Exception as error:  # noqa: BLE001 whatever a block dies of is recorded and reported, never lost
             causes.append(cause_of(error))
-            log.warning("block %d failed, attempt %d of %d: %s", index, attempt + 1, 1 + RETRIES, causes[-1])
+            retry_log.warn(f"block {index} failed, attempt {attempt + 1} of {1 + RETRIES}: {causes[-1]}")
     return Quarantined(index, causes[-1])

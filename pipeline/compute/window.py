@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -26,13 +25,14 @@ from typing import Any, Self
 from dask.base import annotate
 from distributed import Client, Future, KilledWorker
 
+from pipeline.compute.devices import gpu_workers
 from pipeline.compute.losses import Losses
-from pipeline.compute.resident import Failed, Stopped, TaskOutcome, run_blocks
+from pipeline.compute.resident import Failed, Stopped, TaskOutcome
+from pipeline.compute.retry_log import RetryLog
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
+from pipeline.compute.versions import ThroughGate, compared
 from pipeline.errors import GivenUpError, RunError
-
-log = logging.getLogger("haloseg")
 
 TASKS_PER_WORKER = 4
 TASK_S = 0.5
@@ -78,15 +78,15 @@ class Window:
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
-        self._losses = losses
-        self._in_flight: dict[Future[TaskOutcome], _Task] = {}
-        self._finished: SimpleQueue[Future[TaskOutcome]] = SimpleQueue()
-        self._lost: list[Future[TaskOutcome]] = []
+        self._losses, self._retry_log = losses, RetryLog()
+        self._in_flight: dict[Future[object], _Task] = {}
+        self._finished: SimpleQueue[Future[object]] = SimpleQueue()
+        self._lost: list[Future[object]] = []
         self._numbers, self._n_per_task = count(), 1
         self._again: deque[_Task] = deque()
         self._suspects: list[_Task] = []
         self._quarantined: list[Quarantined] = []
-        self._workers: frozenset[str] = frozenset()
+        self._workers = self._compared = frozenset[str]()
         self._gpu = self._mixed = False
         self._alone = False
         self._seen_s = self._asked_s = monotonic()
@@ -97,6 +97,7 @@ class Window:
 
     def __exit__(self, *exc: object) -> None:
         """Cancel what is still in flight, which is nothing unless the run is being left by an error."""
+        self._retry_log.close()
         if self._in_flight:
             with suppress(Exception):  # a cluster that is gone has nothing to cancel, and the cause is on its way up
                 self._client.cancel(list(self._in_flight), force=True)
@@ -135,7 +136,7 @@ class Window:
         others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
         with annotate(span=SPAN):
             future = self._client.submit(
-                run_blocks, self._name, task.indices, TASK_S,
+                ThroughGate(), self._name, task.indices, TASK_S,
                 key=f"{self._name}-{next(self._numbers)}", pure=False, retries=0, priority=self._priority,
                 resources={"GPU": 1} if self._gpu else None,
                 workers=sorted(others) or None, allow_other_workers=bool(others),
@@ -143,7 +144,7 @@ class Window:
         self._in_flight[future] = replace(task, others=others)
         future.add_done_callback(self._finished.put)
 
-    def _next_finished(self) -> list[Future[TaskOutcome]]:
+    def _next_finished(self) -> list[Future[object]]:
         """Return all attempts that have finished, as soon as there is one; none if that takes long.
 
         A worker may die with results that nobody has fetched. They are lost; Dask runs those tasks again.
@@ -158,13 +159,13 @@ class Window:
         self._lost = [future for future, done in ended.items() if not done]
         return [future for future, done in ended.items() if done and future in self._in_flight]
 
-    def _outcomes(self, futures: list[Future[TaskOutcome]]) -> list[tuple[Future[TaskOutcome], object]]:
+    def _outcomes(self, futures: list[Future[object]]) -> list[tuple[Future[object], object]]:
         """Return what the attempts sent back, in one message if none of them has an error, but for what is lost."""
         gather = partial(self._client.gather, futures, asynchronous=True)
         with suppress(Exception, asyncio.CancelledError):
             outcomes = self._client.sync(gather, callback_timeout=RESULT_TIMEOUT_S)
             return list(zip(futures, outcomes, strict=True))
-        found: list[tuple[Future[TaskOutcome], object]] = []
+        found: list[tuple[Future[object], object]] = []
         for future in futures:
             try:
                 found.append((future, future.result(timeout=RESULT_TIMEOUT_S if future.done() else 0)))
@@ -174,11 +175,12 @@ class Window:
                 found.append((future, error))
         return found
 
-    def _taken(self, future: Future[TaskOutcome]) -> _Task:
+    def _taken(self, future: Future[object]) -> _Task:
         """Return the task of a future that is in flight no more, with what happened to it on the way."""
         task, causes = self._in_flight.pop(future), self._losses.pop(str(future.key))
         if causes:
-            log.warning("block %d and %d more were sent again: %s", task.indices[0], len(task.indices) - 1, causes[0])
+            first, n_more = task.indices[0], len(task.indices) - 1
+            self._retry_log.warn(f"block {first} and {n_more} more were sent again: {causes[0]}")
         return replace(task, causes=task.causes + causes)
 
     def _settle(self, task: _Task, outcome: object) -> None:
@@ -189,6 +191,9 @@ class Window:
                 for index, of_block in zip(task.indices[:n_begun], outcome.of_blocks, strict=True):
                     self._settle_block(index, of_block, task=task)
                 self._pace(task, n_begun, seconds=outcome.seconds)
+            case str():
+                for index in task.indices:
+                    self._count_against(index, "the worker does not hold the run's work yet", task=task, worker=outcome)
             case KilledWorker():
                 self._suspect(task, n_deaths=outcome.allowed_failures + 1)
             case concurrent.futures.CancelledError() | asyncio.CancelledError() | OSError():
@@ -199,6 +204,8 @@ class Window:
             case BaseException():
                 for index in task.indices:
                     self._count_against(index, cause_of(outcome), task=task, worker="")
+            case _:
+                raise TypeError(f"a task must return a TaskOutcome, got {outcome!r}")
 
     def _settle_block(self, index: int, outcome: object, *, task: _Task) -> None:
         match outcome:
@@ -224,7 +231,9 @@ class Window:
 
     def _count_against(self, index: int, cause: str, *, task: _Task, worker: str) -> None:
         """Try the block again, alone, on another worker if there is one, up to the number of retries."""
-        log.warning("block %d failed, attempt %d of %d: %s", index, task.attempt + 1, 1 + RETRIES, cause)
+        if worker not in self._compared:
+            self._refresh()
+        self._retry_log.warn(f"block {index} failed, attempt {task.attempt + 1} of {1 + RETRIES}: {cause}")
         if task.attempt < RETRIES:
             self._again.append(_Task((index,), task.attempt + 1, worker, causes=(*task.causes, cause)))
         else:
@@ -240,7 +249,7 @@ class Window:
         if self._alone:
             self._quarantine(Quarantined(index, cause))
             return
-        log.warning("block %d is run again when all others are done: %d workers died under it", index, n_deaths)
+        self._retry_log.warn(f"block {index} is run again when all others are done: {n_deaths} workers died under it")
         self._suspects.append(_Task((index,), task.attempt + 1, causes=task.causes))
         check_quarantine([*self._quarantined, *(Quarantined(each.indices[0], cause) for each in self._suspects)])
 
@@ -253,10 +262,11 @@ class Window:
         self._asked_s = now = monotonic()
         on_scheduler(self._client, forget_submits)
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
-        with_gpu = frozenset(address for address, each in every.items() if each["resources"].get("GPU", 0) >= 1)
+        with_gpu = gpu_workers(every)
         self._gpu = self._gpu or bool(with_gpu)
         self._workers = with_gpu if self._gpu else frozenset(every)
         self._mixed = len(self._workers) < len(every)
+        self._compare()
         self._free()
         if self._workers:
             self._seen_s = now
@@ -265,6 +275,17 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
+
+    def _compare(self) -> None:
+        """End the run if a worker that was not there before has other versions than are here: it must do no block."""
+        if newcomers := self._workers - self._compared:
+            told, others = compared(self._client, newcomers)
+            if others:
+                raise RunError(
+                    f"workers must have the versions of the flow or command, got {others}; what is done is kept, run "
+                    "the same command again"
+                )
+            self._compared |= told
 
     def _free(self) -> None:
         """Submit anew what was to run on workers that are all gone: Dask lets it wait for them (distributed 2026.8)."""

@@ -18,6 +18,7 @@ from pipeline.scans.files import about, opened
 from pipeline.scans.lazy import LazyScan, VoxelSource, damaged
 from pipeline.scans.mapped import MappedSource
 from pipeline.scans.tiff_metadata import complaints, voxel_size_um
+from pipeline.scans.tiff_rows import short_strips
 from pipeline.scans.tiff_segments import Page, SegmentSource
 
 _JPEG = {6, 7, 33007, 34892}
@@ -25,7 +26,8 @@ _PAGE_AXES = {"Z": 1, "Y": 2, "X": 3}
 _BESIDE = re.compile(r"label|macro|thumb|overview", re.IGNORECASE)
 # Complaints that mean lost data: pages or baseline tags past the end of the file, metadata for more than is there.
 _LOST = re.compile(
-    r"page offset|offset to page|tag list|circular|series .*(raised|corrupted)|TiffTag (2|3)\d\d |offset tag|ByteCounts"
+    r"page offset|offset to page|tag list|circular|series .*(raised|corrupted|description)|TiffTag (2|3)\d\d |"
+    r"offset tag|ByteCounts"
 )
 _NAMES = (("is_ome", "OME-TIFF"), ("is_svs", "SVS"), ("is_imagej", "ImageJ TIFF"), ("is_bigtiff", "BigTIFF"))
 
@@ -64,7 +66,7 @@ def _parsed(path: str) -> tuple[VoxelSource, str, str, Mapping[str, float]]:
             raise damaged(path, cause=lost)
         if isinstance(source, SegmentSource):
             source.check_first()
-    return source, image.get_axes(False), name, size
+    return source, _axes(image)[0], name, size
 
 
 def _name(path: str) -> str:
@@ -76,12 +78,20 @@ def _image(tiff: TiffFile, *, path: str) -> Any:  # noqa: ANN401 tifffile is not
     """Return the first series; refuse a file with others that may be meant as well."""
     if not tiff.series:
         raise damaged(path, cause="it holds no image")
-    vendor = tiff.series[0].kind not in {"generic", "uniform", "shaped", "ome", "imagej"}
+    vendor = tiff.series[0].kind not in {"generic", "uniform", "shaped", "ome", "imagej", "geotiff"}
     others = [s for s in tiff.series[1:] if not (vendor or _BESIDE.search(s.name) or s.keyframe.is_reduced)]
     if others:
         shapes = ", ".join(str(s.shape) for s in tiff.series)
         raise ScanError(f"a TIFF must hold one image, got {len(tiff.series)} of shapes {shapes} in {path}; split it")
-    return tiff.series[0]
+    # From tifffile 2026.5.2 on, the series are told to keep axes of one voxel; before it, each tells them by _axes.
+    return (tiff.series(squeeze=False) if callable(tiff.series) else tiff.series)[0]
+
+
+def _axes(image: Any, /) -> tuple[str, tuple[int, ...]]:  # noqa: ANN401
+    """Return a series' axes and shape, with those of one voxel, in tifffile before 2026.5.2 and since."""
+    if hasattr(image, "get_axes"):
+        return image.get_axes(squeeze=False), tuple(image.get_shape(squeeze=False))
+    return image.axes, tuple(image.shape)
 
 
 def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: ANN401
@@ -94,16 +104,21 @@ def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: A
         )
     if image.dtype is None:
         raise damaged(path, cause="its sample format is unknown")
-    shape = tuple(image.get_shape(False))
+    _, shape = _axes(image)
     if image.dataoffset is not None:
         return MappedSource(path, image.dtype.newbyteorder(tiff.byteorder), shape, image.dataoffset)
     key = image.keyframe
     size, version = about(path)
+    pages = tuple(_page(page, size=size, path=path) for page in image.pages)
+    rows = short_strips(key, dtype=image.dtype.newbyteorder(tiff.byteorder))
+    if rows is not None and all(rows.fit(page.counts) for page in pages):
+        pages = tuple(Page(*rows.places(page.offsets), rows, {}) for page in pages)
+    else:
+        rows = None
     return SegmentSource(
         path=path, dtype=image.dtype.newbyteorder("="), shape=shape, places=_places(image, path=path),
-        page_shape=key.shaped, segment_shape=_segment_shape(key),
-        pages=tuple(_page(page, size=size, path=path) for page in image.pages), nodata=key.nodata,
-        stamp=(size, version), reopen=reopened,
+        page_shape=key.shaped, segment_shape=rows.segment_shape if rows else _segment_shape(key), pages=pages,
+        nodata=key.nodata, stamp=(size, version), reopen=reopened,
     )
 
 
@@ -112,8 +127,8 @@ def _places(image: Any, *, path: str) -> tuple[int | None, ...]:  # noqa: ANN401
     key = image.keyframe
     own = {letter: place for letter, place in _PAGE_AXES.items() if letter in key.axes}
     own["S"] = 0 if key.axes.find("S") in range(key.axes.find("Y")) else 4
-    shape = tuple(image.get_shape(False))
-    places = tuple(own.get(letter) for letter in image.get_axes(False))
+    axes, shape = _axes(image)
+    places = tuple(own.get(letter) for letter in axes)
     within = [p for p in places if p is not None]
     n_pages = 1
     for size, place in zip(shape, places, strict=True):
@@ -124,7 +139,7 @@ def _places(image: Any, *, path: str) -> tuple[int | None, ...]:  # noqa: ANN401
     if not fits or within != sorted(within) or not all(front) or n_pages != len(image.pages):
         raise ScanError(
             f"pages of a TIFF must fill the axes it names, got {len(image.pages)} of shape {key.shape} for "
-            f"{image.get_axes(False)} {shape} in {path}; save it again"
+            f"{axes} {shape} in {path}; save it again"
         )
     return places
 

@@ -11,6 +11,7 @@ strip) covers a box of them, and segments are numbered in C order over the first
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,8 +118,7 @@ class SegmentSource:
             (self.pages[number].offsets[segment], self.pages[number].counts[segment]) for _, number, segment in wanted
             if self.pages[number].counts[segment] and (self.path, self.stamp, number, segment) not in DECODED
         ]  # fmt: skip
-        found = fetched(self.path, [(start, start + n) for start, n in places]) if places else []
-        ahead = dict(zip(places, found, strict=True))
+        ahead = _in_one_piece(self.path, places)
         with by_ranges(self.path) as read:
             yield lambda start, n_bytes: ahead.pop((start, n_bytes), None) or read(start, n_bytes)
 
@@ -180,3 +180,17 @@ class SegmentSource:
             into.append(slice(begin - wanted.start, stop - wanted.start))
             part.append(slice(begin - first, stop - first))
         target[tuple(into)] = voxels[np.newaxis][tuple(part)]
+
+
+def _in_one_piece(url: str, places: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+    """Return the bytes at places (start, so many) of a remote file; those that lie end to end are asked for as one."""
+    spans = list[tuple[int, int]]()
+    for start, n_bytes in sorted(set(places)):
+        begin = spans.pop()[0] if spans and spans[-1][1] == start else start
+        spans.append((begin, start + n_bytes))
+    pieces = dict(zip(spans, fetched(url, spans), strict=True)) if spans else {}
+    begins, found = [begin for begin, _ in spans], dict[tuple[int, int], bytes]()
+    for start, n_bytes in places:
+        span = spans[bisect_right(begins, start) - 1]
+        found[start, n_bytes] = pieces[span][start - span[0] : start - span[0] + n_bytes]
+    return found

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.unet.engine import Engine
 from pipeline.unet.engines import keep_freed_memory
+from pipeline.unet.numbers import exactly
 from pipeline.unet.streaming import Stream
 
 
@@ -25,7 +26,7 @@ def rows_per_s(engine: Engine, *, cross: tuple[int, ...], slab: int, seconds: fl
     x = torch.randn((1, engine.settings.in_channels, slab, *across), device=engine.device)
     x = x.to(engine.dtype).contiguous(memory_format=engine.memory_format)
     begin, n_rows, n_slabs = 0.0, 0, 0
-    with torch.inference_mode():
+    with torch.inference_mode(), exactly(tf32=engine.tf32):
         for _, logits in stream.run(0, 2**40, lambda low, high: x.narrow(2, 0, high - low)):
             float(logits.flatten()[0])  # waits for the device
             n_slabs += 1

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import Precision
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.store.scaling import Windows, of_slices
@@ -73,15 +72,14 @@ class ColumnPredictor:
     """
 
     def __init__(
-        self, engine: Engine, *, windows: Windows, slab: int, precision: Precision, target_windows: Pairs = (),
-        n_ahead: int | None = None,
+        self, engine: Engine, *, windows: Windows, slab: int, target_windows: Pairs = (), n_ahead: int | None = None
     ) -> None:
         settings = engine.settings
         if len(windows) != settings.in_channels:
             raise ArgumentError(
                 f"a predictor needs {settings.in_channels} windows, got {len(windows)}; give the model's own"
             )
-        self.engine, self.windows, self.slab, self.precision = engine, windows, slab, precision
+        self.engine, self.windows, self.slab = engine, windows, slab
         self.readout = Readout(settings.head, target_windows)
         self._n_ahead = int(engine.device.type == "cuda") if n_ahead is None else n_ahead
 
@@ -142,7 +140,7 @@ class ColumnPredictor:
         slices, readout = core.ndim - self.engine.dims, self.readout
         axis = slices + self.engine.order[0]
         try:
-            with torch.inference_mode(), exactly(tf32=self.precision is Precision.TF32):
+            with torch.inference_mode(), exactly(tf32=self.engine.tf32):
                 row, logits = next(outputs, (0, None))
                 if logits is None:
                     return None

@@ -21,13 +21,15 @@ from pipeline.unet.layers import Chain, multiply_adds, spans
 from pipeline.unet.schedule import cross_made, rows_made, schedule_of
 from pipeline.unet.settings import UNetSettings
 
-# Bytes of the largest layer's slab: smaller ones fall out of the processor's caches late; a GPU computes one of this
-# size in 10 to 20 ms, larger ones 2 % faster; the host needs 2 to 7 ms for all the calls of one (measured, H200).
-SLAB_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+# Bytes of the largest layer's slab: smaller ones fall out of the processor's caches late. Of a GPU the host needs 2 to
+# 7 ms for the calls of one, while it reads and writes others; at half this size or less the GPU takes 5 to 15 ms for
+# it, and was idle for 29 % of a run (measured, H200).
+SLAB_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 # Slabs of one stride, whose deepest level is a single row, take this share longer than long ones (measured, 2-D, 3-D).
 THIN_SLAB = {2: 0.16, 3: 0.05}
-# Multiplications that take as long as a layer's call itself does, with a slab of no voxels (measured: no fewer).
-CALL_MULTIPLY_ADDS = 200_000
+# Multiplications that take as long as a layer's call itself does, with a slab of no voxels (measured: no fewer; of a
+# GPU the host's 0.1 ms at 22 to 160 x 10^12 a second, H200).
+CALL_MULTIPLY_ADDS = {"cpu": 200_000, "cuda": 3_000_000_000}
 LONGEST = 16
 SLABS_AHEAD = 2
 
@@ -183,7 +185,7 @@ class Streaming:
         slow = 1 + THIN_SLAB[self.settings.dims] * (self.settings.stride / columns.slab) ** 2
         for shape, n in self._kinds(columns):
             made = self._column_multiply_adds(columns, shape)
-            times.append((slow * made + CALL_MULTIPLY_ADDS * self._calls(columns, shape), n))
+            times.append((slow * made + CALL_MULTIPLY_ADDS[self.device] * self._calls(columns, shape), n))
             total, n_columns = total + n * made, n_columns + n
         return Cost(total, self.peak_bytes(columns), n_columns, _makespan(times, n_workers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from platform import node
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device cuda needs a GPU that torch can use, got none; use --device cpu")
+        raise ArgumentError(f"device cuda needs a GPU that torch can use, got none on {node()}; use --device cpu")
     return name
 
 

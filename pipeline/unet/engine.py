@@ -31,10 +31,13 @@ class Engine:
     device : "cpu" or "cuda"
     dtype : of weights and activations
     first : the spatial axis that comes first in this engine's tensors, (batch, channels, first, others in order)
+    tf32 : a GPU is to round what it multiplies to TF32; see ``exactly``, in which an engine is called
     """
 
-    def __init__(self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
-        self.settings, self.dtype, self.device = network.settings, dtype, torch.device(device)
+    def __init__(
+        self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0, tf32: bool = False
+    ) -> None:
+        self.settings, self.dtype, self.device, self.tf32 = network.settings, dtype, torch.device(device), tf32
         self.dims = network.settings.dims
         self.memory_format = channels_last(self.dims)
         self.order = (first, *(axis for axis in range(self.dims) if axis != first))

@@ -24,7 +24,8 @@ def make_engine(network: UNet, *, device: str, precision: Precision = Precision.
         kind = OneDnnEngine
     if device == "cuda" and can_fuse():
         kind = CudaEngine
-    return kind(network, device=device, dtype=_DTYPES.get(precision, torch.float32), first=first)
+    dtype, tf32 = _DTYPES.get(precision, torch.float32), precision is Precision.TF32
+    return kind(network, device=device, dtype=dtype, first=first, tf32=tf32)
 
 
 @cache

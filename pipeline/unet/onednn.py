@@ -42,9 +42,11 @@ class OneDnnEngine(Engine):
     (1.0 to 2.1 times faster; torch itself does not ask oneDNN for 3-D ones in float32: 2 to 6 times).
     """
 
-    def __init__(self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
+    def __init__(
+        self, network: UNet, *, device: str, dtype: torch.dtype = torch.float32, first: int = 0, tf32: bool = False
+    ) -> None:
         self._packed: dict[int, _Packed] = {}
-        super().__init__(network, device=device, dtype=dtype, first=first)
+        super().__init__(network, device=device, dtype=dtype, first=first, tf32=tf32)
 
     def conv(self, at: int, x: Tensor, *, padding: Axes = ()) -> Tensor:
         """Return the output of the convolution at this place of the chain, and of its ReLU."""

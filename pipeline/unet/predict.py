@@ -122,7 +122,7 @@ class Predictor:
         """Fill the outputs once; returns False where the device ran out of memory."""
         largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
         try:
-            with torch.inference_mode(), exactly():
+            with torch.inference_mode(), exactly(tf32=isinstance(self.network, Engine) and self.network.tf32):
                 for core in rule.cores(block.shape, largest):
                     self._on_tile()
                     first = block.start[0]

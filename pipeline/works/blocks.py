@@ -24,6 +24,7 @@ from pipeline.store.image import open_image
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
 from pipeline.store.scaling import Windows
+from pipeline.unet.device import pick_device
 from pipeline.unet.engines import keep_freed_memory, make_engine
 from pipeline.unet.model import Model, build, build_unet, load_model
 from pipeline.unet.predict import Predictor
@@ -50,8 +51,9 @@ class Outputs:
     precision: Precision
 
     def opened(self) -> Opened:
-        """Open image, model and outputs; freed memory is kept from now on."""
+        """Open image, model and outputs, on a worker that has the device; freed memory is kept from now on."""
         keep_freed_memory()
+        pick_device(self.device)
         image, model = open_image(self.image), loaded(self.model, self.model_sha256)
         windows = model.windows(image)
         labels, reals = (open_array(each) if each else None for each in (self.labels, self.reals))

@@ -48,9 +48,8 @@ class SegmentColumns:
         slices = len(out.grid.shape) - opened.model.settings.dims
         engine = _engine(out.model, out.model_sha256, out.device, out.precision, self.columns.axis - slices)
         opened.predictor = ColumnPredictor(
-            engine, windows=opened.windows, slab=self.columns.slab, precision=out.precision,
-            target_windows=opened.model.target_windows,
-        )  # fmt: skip
+            engine, windows=opened.windows, slab=self.columns.slab, target_windows=opened.model.target_windows
+        )
         opened.part_shape = self.columns.part_shape
         return opened
 

@@ -138,10 +138,14 @@ def test_a_block_that_always_fails_is_quarantined_as_in_a_serial_run(run, tmp_pa
     assert len(attempts(tmp_path / "dask", 3)) == len(attempts(tmp_path / "serial", 3)) == 3
 
 
-def test_a_run_in_which_a_hundred_blocks_fail_ends(run, tmp_path):
+def test_a_run_in_which_a_hundred_blocks_fail_ends_and_says_so_in_few_lines(run, tmp_path, caplog):
     acts = tuple((i, "fail") for i in range(1000))
     with pytest.raises(RunError, match=r"at most 99 blocks of a run may fail, got 100; the last cause: ValueError: "):
         run(Scripted(str(tmp_path), acts), range(1000), on_record=pytest.fail)
+    told = [each.getMessage() for each in caplog.records if each.name == "haloseg"]
+    assert len(told) == 11
+    rest = re.match(r"more attempts that came to nothing since: (\d+), the last: block", told[-1])
+    assert int(rest[1]) >= 3 * 100 - 10
 
 
 def test_a_killed_worker_costs_nothing_but_time(run, tmp_path):

@@ -7,14 +7,40 @@ import shutil
 from pathlib import Path
 
 import pytest
-from clusters import processes
+from clusters import children, processes
+from compute_works import Scripted
 
 import pipeline
 from pipeline.compute.cluster import open_runner
 from pipeline.compute.versions import installed
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, RunError
 
 HERE = Path(pipeline.__file__).parent
+
+
+@pytest.mark.parametrize("older", ["compute/versions.py", "compute/resident.py", "report.py"])
+def test_a_worker_of_another_version_that_joins_later_ends_the_run_in_one_line_and_does_no_block(tmp_path, older):
+    shutil.copytree(HERE, tmp_path / "old/pipeline", ignore=shutil.ignore_patterns("__pycache__", "*.tif"))
+    (tmp_path / "old/pipeline" / older).unlink()  # so that it can be asked, or take work, by less or more of its code
+    with processes(tmp_path) as started:
+        started.worker()
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            late = []
+
+            def join(_record) -> None:
+                if not late:
+                    late.append(started.worker(PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path / "old")))
+                    run.client.wait_for_workers(2, timeout=60)
+
+            work = Scripted(str(tmp_path / "run"), sleep_s=0.05)
+            with pytest.raises(RunError, match=r"^workers must have the versions .* on 1 of 1 .* again$"):
+                run(work, range(100_000), on_record=join)
+            with pytest.raises(ClusterError, match=r"^workers must have the versions .* on 1 of 2 "):
+                run.check()
+            foreign = {str(each.pid) for each in children(late[0])}
+            did = {each.read_text() for each in (tmp_path / "run/attempts").iterdir()}
+    assert len(did) == 1
+    assert not did & foreign
 
 
 def test_workers_of_an_older_version_are_refused_in_one_line_and_those_of_the_same_are_not(tmp_path):

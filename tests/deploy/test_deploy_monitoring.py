@@ -1,77 +1,51 @@
-"""Prometheus and Grafana: every metric that an alert or a panel asks for is one that somebody serves."""
+"""Prometheus and Grafana: what they read fits what the services are called, and the rules fire when they should.
 
+That every metric they ask for is served is seen where services run: test_deploy_dask_tls, test_deploy_prefect.
+"""
+
+import ast
 import re
 import subprocess
-from functools import cache
-from pathlib import Path
+from fnmatch import fnmatch
 
-import distributed
-import prefect
 import pytest
-from deploy_files import DEPLOY, load, load_json, tool
+from deploy_files import DEPLOY, ROOT, load, tool
+from queries import ALERTS, ASKED, PANELS, QUERIES, metrics, samples
 
-OURS = {
-    "haloseg_beats_total", "haloseg_blocks_total", "haloseg_blocks_failed_total", "haloseg_voxels_total",
-    "haloseg_seconds_total", "haloseg_peak_rss_bytes", "haloseg_device_bytes",
-}  # fmt: skip
-OF_EVERY_TARGET = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}
-ALERTS = {rule["alert"]: rule for group in load("prometheus/alerts.yml")["groups"] for rule in group["rules"]}
-PANELS = load_json("grafana/dashboards/haloseg.json")["panels"]
-QUERIES = [rule["expr"] for rule in ALERTS.values()] + [each["expr"] for panel in PANELS for each in panel["targets"]]
-NOT_METRICS = re.compile(r'"[^"]*"|\b(?:by|on|without)\s*\([^)]*\)|\[\w+\]')
-WORDS = {"sum", "rate", "increase", "max", "by", "and", "or", "vector", "without", "on"}
+from pipeline.compute.metrics import WORKS
 
 
-def metrics(query):
-    """Return the metrics that a query names, without labels, durations and functions."""
-    bare = re.sub(r"\{[^}]*\}", "", NOT_METRICS.sub("", query))
-    return set(re.findall(r"\b[a-z_][a-z0-9_]*\b", bare)) - WORDS
-
-
-@cache
-def served_by_dask():
-    """Return the names that distributed's sources build, with what the client library may put behind them."""
-    names = set()
-    for path in Path(distributed.__file__).parent.glob("http/*/prometheus/core.py"):
-        text = path.read_text()
-        prefix = "dask_" + path.parent.parent.name
-        names |= {f"{prefix}_{name}" for name in re.findall(r'build_name\(\s*"(\w+)"', text)}
-    return {name + ending for name in names for ending in ("", "_total", "_seconds", "_bytes")}
-
-
-@cache
-def served_by_prefect():
-    """Return the names of the counters of Prefect's server; some are made by what it shares with clients."""
-    text = "".join(path.read_text() for path in Path(prefect.__file__).parent.rglob("*.py"))
-    names = set(re.findall(r'(?:Counter|Gauge|Histogram)\(\s*"(prefect_\w+)"', text))
-    return names | {f"{name}_total" for name in names}
-
-
-def test_metrics_are_found_in_a_query():
+def test_metrics_are_found_in_a_query_and_values_in_a_page():
     assert metrics('sum by (a) (rate(x_total{b="c"}[5m])) / y > 0.3 or vector(0)') == {"x_total", "y"}
+    assert metrics("rate(x[$__rate_interval]) unless x offset 15m > 0") == {"x"}
+    assert samples('# HELP a Told\n# TYPE a counter\nb{c="d"} 1.0\ne 2\n') == {"b", "e"}
 
 
-@pytest.mark.parametrize("query", QUERIES)
-def test_every_metric_that_is_asked_for_is_served(query):
-    asked = metrics(query)
-    assert asked
-    known = OURS | OF_EVERY_TARGET
-    if any(name.startswith("dask_") for name in asked):
-        known |= served_by_dask()
-    if any(name.startswith("prefect_") for name in asked):
-        known |= served_by_prefect()
-    assert asked <= known
+def kinds_of_work():
+    """Return the classes whose blocks workers run: those with the methods of a BlockWork."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "pipeline").rglob("*.py")]
+    classes = [each for tree in trees for each in tree.body if isinstance(each, ast.ClassDef)]
+    methods = {each.name: {part.name for part in each.body if isinstance(part, ast.FunctionDef)} for each in classes}
+    return {name for name, has in methods.items() if {"setup", "run"} <= has} - {"BlockWork", "ResidentWork"}
+
+
+def test_every_kind_of_work_is_counted_from_nought_on():
+    assert set(WORKS) == kinds_of_work()
+
+
+def test_stages_works_and_jobs_that_are_named_exist():
+    jobs = {each["job_name"] for each in load("prometheus/prometheus.yml")["scrape_configs"]}
+    named = [names.split("|") for query in QUERIES for names in re.findall(r'job=~?"([\w|-]+)"', query)]
+    assert {name for names in named for name in names} <= jobs
+    stages = {name for query in QUERIES for name in re.findall(r'stage="(\w+)"', query)}
+    assert stages <= {"read", "wait", "compute", "write"}
+    works = {name for query in QUERIES for name in re.findall(r'work=~"([\w.*]+)"', query)}
+    assert all([each for each in WORKS if fnmatch(each, name.replace(".*", "*"))] for name in works)
 
 
 def test_all_that_we_serve_is_shown():
-    assert {name for query in QUERIES for name in metrics(query)} >= OURS
-
-
-def test_stages_and_jobs_that_are_named_exist():
-    jobs = {each["job_name"] for each in load("prometheus/prometheus.yml")["scrape_configs"]}
-    assert {name for query in QUERIES for name in re.findall(r'job="([\w-]+)"', query)} <= jobs
-    stages = {name for query in QUERIES for name in re.findall(r'stage="(\w+)"', query)}
-    assert stages <= {"read", "wait", "compute", "write"}
+    ours = set(re.findall(r'"(haloseg_\w+)"', (ROOT / "pipeline/compute/metrics.py").read_text()))
+    assert {name.removesuffix("_total") for name in ASKED} >= ours
 
 
 @pytest.mark.parametrize("name", ALERTS)
@@ -98,6 +72,7 @@ def test_prometheus_finds_every_service_where_compose_has_it():
 def test_grafana_finds_its_data_and_its_dashboards():
     (source,) = load("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     assert {panel["datasource"]["uid"] for panel in PANELS} == {source["uid"]}
+    assert source["jsonData"]["timeInterval"] == load("prometheus/prometheus.yml")["global"]["scrape_interval"]
     (provider,) = load("grafana/provisioning/dashboards/haloseg.yaml")["providers"]
     mounts = load("compose.yaml")["services"]["grafana"]["volumes"]
     assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts

@@ -37,8 +37,10 @@ class Here:
     attempts: dict[int, int] = field(default_factory=dict)
     priority: int = 0
 
-    def is_lost(self):
-        return False
+    def check(self):
+        """Be there."""
+
+    check_alive = check
 
     def __call__(self, work, indices, *, on_record):
         return run_serial(Flaky(work, self.attempts), indices, on_record=on_record)

@@ -22,10 +22,11 @@ from pipeline.unet.settings import Head, Padding, UNetSettings
 def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server, tmp_path):
     voxels = scan_file(tmp_path / "scan.tif", (20, 40, 50))
     model = model_file(tmp_path / "model.safetensors")
-    settings = {"model": model, "name": "cells", "workers": 2}
+    settings = {"model": model, "name": "cells", "workers": 2, "precision": "bf16"}
     result, figures = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert (result.n_voxels, result.n_run) == (voxels.size, result.n_blocks)
     assert figures is None
+    assert result.labels.fingerprint["precision"] == "bf16"
 
     def about(stem, *parts):
         return Artifact.get(key=key_of(str(tmp_path / f"{stem}.zarr"), *parts))

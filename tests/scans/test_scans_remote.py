@@ -26,6 +26,7 @@ from pipeline.scans.backend import open_scan
 RNG = np.random.default_rng(0)
 SLIDE = RNG.integers(0, 255, (1500, 2100), dtype=np.uint8)
 VOLUME = RNG.integers(0, 60_000, (5, 70, 90), dtype=np.uint16)
+LONG = RNG.integers(0, 60_000, (3, 1000, 1300), dtype=np.uint16)
 OME = {"axes": "ZYX", "PhysicalSizeX": 0.1, "PhysicalSizeY": 0.1, "PhysicalSizeZ": 0.3}
 TIFFS = {
     "tiled.tif": (SLIDE, {"tile": (128, 128), "compression": "zlib"}),
@@ -35,6 +36,10 @@ TIFFS = {
     "volume.ome.tif": (VOLUME, {"ome": True, "metadata": OME}),
     "big.tif": (VOLUME, {"bigtiff": True, "byteorder": ">"}),
     "imagej.tif": (VOLUME, {"imagej": True}),
+    "apart.tif": (LONG, {"apart": True}),
+    "apart-strips.tif": (LONG, {"apart": True, "rowsperstrip": 450, "byteorder": ">"}),
+    "apart-planes.tif": (LONG, {"apart": True, "planarconfig": "separate", "photometric": "rgb"}),
+    "apart-lzw.tif": (LONG, {"apart": True, "compression": "lzw"}),
 }
 
 CORNER = """
@@ -43,6 +48,14 @@ import numpy
 from pipeline.scans.backend import open_scan
 numpy.save(sys.argv[2], open_scan(sys.argv[1])[-100:, -100:].values)
 """
+
+
+def write(path, voxels, *, apart=False, byteorder=None, bigtiff=False, imagej=False, ome=None, **settings):
+    """Write a TIFF; ``apart`` keeps its pages from lying in one piece, so that it is read strip by strip."""
+    with tifffile.TiffWriter(path, byteorder=byteorder, bigtiff=bigtiff, imagej=imagej, ome=ome) as tiff:
+        pages = voxels if apart else [voxels]
+        for page in [np.stack([each] * 3) for each in pages] if "planarconfig" in settings else pages:
+            tiff.write(page, **{"contiguous": False, "metadata": None} if apart else {}, **settings)
 
 
 def put(file, url):
@@ -82,7 +95,7 @@ def counted(address):
 
 def test_every_kind_is_read_as_from_a_disk(bucket, tmp_path):
     for name, (voxels, settings) in TIFFS.items():
-        tifffile.imwrite(tmp_path / name, voxels, **settings)
+        write(tmp_path / name, voxels, **settings)
     with h5py.File(tmp_path / "volume.h5", "w") as file:
         file.create_dataset("a/b", data=VOLUME, chunks=(1, 32, 32), compression="gzip")
     for name in (*TIFFS, "volume.h5"):
@@ -93,6 +106,27 @@ def test_every_kind_is_read_as_from_a_disk(bucket, tmp_path):
             np.testing.assert_array_equal(there[part].values, here[part].values, err_msg=f"{name} {part}")
     dataset = open_scan(f"{bucket}/volume.h5::a/b")
     np.testing.assert_array_equal(dataset.values, VOLUME)
+
+
+@pytest.mark.parametrize("strip", [1000, 450, 37])
+def test_rows_of_long_strips_are_those_of_the_file_wherever_they_are_read(tmp_path, strip):
+    write(tmp_path / "scan.tif", LONG, apart=True, rowsperstrip=strip)
+    scan = open_scan(tmp_path / "scan.tif")
+    assert scan.shape == LONG.shape
+    for begin, stop in ((0, 1), (99, 101), (449, 451), (0, 1000), (999, 1000), (377, 912)):
+        np.testing.assert_array_equal(scan[1:, begin:stop, 5:99].values, LONG[1:, begin:stop, 5:99])
+
+
+def test_of_long_strips_rows_alone_are_fetched(bucket, objects, tmp_path):
+    write(tmp_path / "slide.tif", LONG, apart=True)
+    put(tmp_path / "slide.tif", f"{bucket}/slide.tif")
+    with counted(objects) as (proxy, seen):
+        words = [sys.executable, "-c", CORNER.replace("[-100:", "[-1, -100:"), f"{bucket}/slide.tif",
+                 str(tmp_path / "corner.npy")]  # fmt: skip
+        subprocess.run(words, env=os.environ | {"AWS_ENDPOINT_URL": proxy}, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "corner.npy"), LONG[-1, -100:, -100:])
+    most = 2 * (256 << 10) + 100 * 2 * 1300 + 3 * (64 << 10)  # the first and last short strips, and the structure
+    assert 100 * 100 * 2 < sum(seen) < most < LONG[0].nbytes / 2
 
 
 @pytest.mark.parametrize("settings", [{"tile": (128, 128), "compression": "zlib"}, {"tile": (128, 128)}, {}])

@@ -188,6 +188,16 @@ def test_a_file_cut_by_half_is_refused_at_the_start(cuttable):
         open_scan(path)
 
 
+def test_a_description_that_is_damaged_hides_no_slices(tmp_path):
+    path, voxels = tmp_path / "stack.tif", noise(5, 20, 30)
+    write(path, voxels, metadata={"truncate": True})  # one page, the description says how many slices follow it
+    np.testing.assert_array_equal(open_scan(path).values, voxels)
+    before, start, after = path.read_bytes().partition(b'"shape"')
+    path.write_bytes(before + start + after.replace(b"}", b";", 1))
+    with pytest.raises(ScanError, match=r"whole and decodable, got .*stack\.tif"):
+        open_scan(path)
+
+
 def test_damage_inside_a_segment_names_the_file(tmp_path):
     path = tmp_path / "damaged.tif"
     write(path, noise(64, 64), tile=(32, 32), compression="zlib")
@@ -208,10 +218,14 @@ def test_time_points_are_refused(tmp_path):
         open_scan(tmp_path / "t.tif")
 
 
-def test_two_images_in_one_file_are_refused(tmp_path):
+GEOGRAPHIC = (34735, "H", 4, (1, 1, 0, 0), True)
+
+
+@pytest.mark.parametrize("tags", [(), (GEOGRAPHIC,)], ids=["plain", "geographic"])
+def test_two_images_in_one_file_are_refused(tmp_path, tags):
     with tifffile.TiffWriter(tmp_path / "two.tif") as writer:
         for shape in ((30, 40), (20, 30)):
-            writer.write(noise(*shape), metadata=None)
+            writer.write(noise(*shape), metadata=None, extratags=tags)
     with pytest.raises(ScanError, match="must hold one image, got 2 of shapes"):
         open_scan(tmp_path / "two.tif")
 

@@ -1,7 +1,6 @@
 import hashlib
 import io
 import json
-import warnings
 import zipfile
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.adopt import Description
 from pipeline.unet.foreign.bioimageio import Package, Preprocessing
+from pipeline.unet.foreign.torchscript import deprecated
 from pipeline.unet.model import build, load_model
 from pipeline.unet.settings import Head, Padding, UNetSettings
 
@@ -155,8 +155,7 @@ def test_scripted_networks_are_taken_for_the_size_of_their_test_input(tmp_path):
 
     network = random_network(Scripted)
     path = package(tmp_path, network)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 deprecates TorchScript
+    with deprecated():
         torch.jit.save(torch.jit.script(network), tmp_path / "s.pt")
     document = yaml.safe_load((tmp_path / "rdf.yaml").read_text())
     document["weights"] = {"torchscript": {"source": "s.pt"}}

@@ -5,21 +5,23 @@ import pytest
 import torch
 from test_unet_predict import WINDOWS, scan_of, trained, whole
 
-from pipeline.config import Precision
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
+from pipeline.unet.calibrate import rows_per_s
 from pipeline.unet.column import ColumnPredictor
+from pipeline.unet.engine import Engine
 from pipeline.unet.engines import make_engine
+from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 
 NETWORK = UNetSettings(dims=2, width=4, depth=2, padding=Padding.SAME, batch_norm=True)
 SHAPE = (120, 33)
 
 
-def rows_of(net, scan, core, *, taken=None, device="cpu", precision=Precision.FLOAT32, **about):
+def rows_of(net, scan, core, *, taken=None, engine=None, **about):
     """Return (classes, probabilities) of a core, put together; ``taken`` gets the slabs given before each result."""
-    engine = make_engine(net, device=device, precision=precision)
-    predictor = ColumnPredictor(engine, windows=WINDOWS[:1], slab=16, precision=precision, **about)
+    engine = engine or make_engine(net, device="cpu")
+    predictor = ColumnPredictor(engine, windows=WINDOWS[:1], slab=16, **about)
     stream, boxes = predictor.stream(core)
     n_given, found = 0, []
 
@@ -52,6 +54,37 @@ def test_a_device_that_is_given_slabs_ahead_makes_the_same(start):
     assert np.abs(likely - expected).max() <= 1e-5
 
 
+class Watched(Engine):
+    """An engine that remembers how exactly a GPU was to multiply, and whether by the same kernels each time."""
+
+    def conv(self, at, x, *, padding=()):
+        flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        self.seen = {*getattr(self, "seen", ()), (*flags, torch.backends.cudnn.deterministic)}
+        return super().conv(at, x, padding=padding)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_gpu_rounds_to_tf32_where_that_was_asked_for_and_nowhere_else(tf32):
+    net, scan, core = trained(NETWORK, seed=2), scan_of(SHAPE), Box.whole(SHAPE)
+    rule = closed_form_rule(NETWORK)
+
+    def by_columns(engine):
+        rows_of(net, scan, core, engine=engine)
+
+    def by_tiles(engine):
+        raw = read_mirrored(scan, core.round_up(rule.stride).grow(rule.halo))
+        tile = rule.tile_shape((40, 36))
+        Predictor(engine, rule, windows=WINDOWS[:1], tile_shape=tile, device="cpu").segment(raw, core)
+
+    def by_noise(engine):
+        rows_per_s(engine, cross=SHAPE[1:], slab=16, seconds=1e-3)
+
+    for run in (by_columns, by_tiles, by_noise):
+        engine = Watched(net, device="cpu", tf32=tf32)
+        run(engine)
+        assert engine.seen == {(tf32, tf32, True)}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch built for it")
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
@@ -59,7 +92,7 @@ def test_columns_on_a_gpu_give_what_the_whole_gives_on_a_cpu(dtype):
     net, scan, core = trained(NETWORK, seed=1), scan_of((600, 333), dtype=dtype), Box.whole((600, 333))
     expected = whole(net, scan, closed_form_rule(NETWORK))
     taken = []
-    classes, likely = rows_of(net, scan, core, device="cuda", taken=taken)
+    classes, likely = rows_of(net, scan, core, engine=make_engine(net, device="cuda"), taken=taken)
     assert taken[0] > 1
     assert np.abs(likely - expected).max() <= 1e-5
     assert (classes == expected.argmax(0))[np.abs(expected[0] - expected[1]) > 2e-5].all()

@@ -202,7 +202,7 @@ def test_a_stream_on_a_gpu_is_the_whole_pass_on_a_cpu(dims, name):
     expected = whole(net, x).softmax(1)
     for precision, bound in bounds.items():
         engine = make_engine(net, device="cuda", precision=precision)
-        with exactly(tf32=precision is Precision.TF32):
+        with exactly(tf32=engine.tf32):
             got, again = (streamed(engine, x.cuda(), (0,) * dims, shape, slab=8) for _ in range(2))
         assert type(engine) is CudaEngine
         assert torch.equal(got, again)

@@ -23,10 +23,11 @@ TOLERANCE = 1e-4
 def deprecated() -> Iterator[None]:
     """Use TorchScript, which torch 2.13 deprecates, and which bioimage.io's packages hold, without its warnings.
 
-    Tracing also warns of every size that is looked at; the trace is compared with the network at two sizes instead.
+    Its text tells this warning, which torch 2.15 makes a FutureWarning. Tracing also warns of every size that is looked
+    at; the trace is compared with the network at two sizes instead.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
         yield
 

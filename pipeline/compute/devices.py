@@ -1,0 +1,39 @@
+"""Devices: on what the workers of a cluster compute, which the machine that plans a run need not have itself."""
+
+# distributed is typed in parts only
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+from distributed import Client
+
+log = logging.getLogger("haloseg")
+
+
+def gpu_workers(workers: Mapping[str, Any]) -> frozenset[str]:
+    """Return the addresses of those whose resources name a GPU: where there are any, they alone get blocks."""
+    return frozenset(address for address, each in workers.items() if each["resources"].get("GPU", 0) >= 1)
+
+
+def device_of(client: Client) -> str:
+    """Return the device of the workers that blocks go to: "cuda" where every one has a GPU that torch can use."""
+    every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    asked = gpu_workers(every) or frozenset(every)
+    told = client.run(_device, workers=sorted(asked), on_error="return").values()
+    n_gpus = sum(each == "cuda" for each in told)
+    if 0 < n_gpus < len(asked):
+        log.warning(
+            "%d of %d workers have a GPU, so all compute on the CPU: start those with --resources GPU=1, and the "
+            "others get no blocks", n_gpus, len(asked),
+        )  # fmt: skip
+    return "cuda" if asked and n_gpus == len(asked) else "cpu"
+
+
+def _device() -> str:
+    device: str = resolve_name("pipeline.unet.device:pick_device")("auto")
+    return device
