@@ -144,15 +144,20 @@ def average_decay(decay: float, *, step: int) -> float:
 def follow(average: UNet, network: UNet, *, decay: float) -> None:
     """Move the average towards the network by ``1 - decay``; counts of batches, which are no real numbers, are copied.
 
-    Statistics of batch normalisation are averaged as well: the average is validated and used as it is.
+    Statistics of batch normalisation are averaged as well: the average is validated and used as it is. All in a few
+    calls instead of one for each tensor, which a GPU would wait for.
     """
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
-    reals = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-    mine, theirs = map(list, zip(*reals, strict=True))
-    torch._foreach_lerp_(mine, theirs, 1 - decay)  # on a GPU a few launches instead of one for each tensor
-    for own, other in counts:
-        own.copy_(other)
+    (mine, counts), (theirs, others) = _numbers(average), _numbers(network)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    if counts:
+        torch._foreach_copy_(counts, others)
+
+
+def _numbers(network: UNet) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the very tensors of a network: its real numbers, weights and statistics, and its counts."""
+    buffers = list(network.buffers())
+    reals = [*network.parameters(), *(each for each in buffers if each.is_floating_point())]
+    return reals, [each for each in buffers if not each.is_floating_point()]
 
 
 def _hold_idle_biases(network: UNet) -> None:

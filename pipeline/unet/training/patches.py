@@ -33,6 +33,7 @@ from pipeline.unet.training.resampled import nearest, placed
 from pipeline.unet.training.source import Source
 
 IGNORED = -100
+_N_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,14 +271,19 @@ class Patches:
 
     def _classes(self, source: Source, box: Box) -> NDArray[np.int64]:
         """Return the classes in a box, IGNORED outside the region and where nobody has labelled."""
-        labels = read_mirrored(source.labels, box)
+        inside = box.intersect(source.region).shift(tuple(-a for a in box.start))
+        y = np.full(box.shape, IGNORED, np.int64)
+        y[inside.slices] = self._of_values(read_mirrored(source.labels, box)[inside.slices])
+        return y
+
+    def _of_values(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the classes of label values, IGNORED where nobody has labelled; those of bytes are looked up."""
+        if labels.dtype == np.uint8 and labels.size > _N_BYTES:
+            return self._of_values(np.arange(_N_BYTES, dtype=np.int64)).take(labels)
         found = np.searchsorted(self.class_values, labels).astype(np.int64)
         if self.ignore is not None:
             found[labels == self.ignore] = IGNORED
-        inside = box.intersect(source.region).shift(tuple(-a for a in box.start))
-        y = np.full_like(found, IGNORED)
-        y[inside.slices] = found[inside.slices]
-        return y
+        return found
 
     def _seen_classes(self, source: Source, box: Box) -> NDArray[np.int64]:
         """Return the classes in a box of voxels that the network sees."""

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.geometry.mirror import mirror_index
 from pipeline.unet.training.augment import Field, Grey
 from pipeline.unet.training.patches import IGNORED, Patch
 
@@ -117,7 +118,9 @@ def _as_read(patches: Sequence[Patch], *, device: str) -> Batch:
 def _warped(patches: Sequence[Patch], *, device: str) -> Batch:
     """Return patches, each looked up through its own field."""
     fields = [patch.change.field for patch in patches if patch.change and patch.change.field]
-    seen, known = (positions(fields, shape, device=device) for shape in (patches[0].tile, patches[0].core))
+    tile, core = patches[0].tile, patches[0].core
+    seen = positions(fields, tile, device=device)
+    known = seen if core == tile else positions(fields, core, device=device)
     images = Ragged.of([p.image for p in patches], device=device)
     classes = Ragged.of([p.classes[None] for p in patches], device=device)
     borders, targets = [p.borders[None] for p in patches if p.borders is not None], [p.target for p in patches]
@@ -240,29 +243,21 @@ def _drawn(like: Tensor, seed: int) -> Tensor:
 
 def _blurred(x: Tensor, axis: int, sigmas: Sequence[float]) -> Tensor:
     """Return each patch after its own Gaussian along one axis, cut at four standard deviations, mirrored outside."""
-    reach = ceil(_BLUR_REACH * max(sigmas))
-    weights = sent(np.stack([_gaussian(sigma, reach) for sigma in sigmas], axis=1), device=x.device)
-    along, n = torch.arange(x.shape[axis], device=x.device), x.shape[axis]
+    reach, n = ceil(_BLUR_REACH * max(sigmas)), x.shape[axis]
+    around = x.index_select(axis, sent(mirror_index(-reach, n + reach, n), device=x.device))
+    weights = np.stack([_gaussian(sigma, reach) for sigma in sigmas], axis=1)
     out = torch.zeros_like(x)
-    for step, weight in zip(range(-reach, reach + 1), weights, strict=True):
-        out += weight.reshape(-1, *(1,) * (x.ndim - 1)) * x.index_select(axis, _mirrored(along + step, n))
+    for step, weight in enumerate(sent(weights, device=x.device).reshape(len(weights), -1, *(1,) * (x.ndim - 1))):
+        out.addcmul_(weight, around.narrow(axis, step, n))
     return out
 
 
 def _gaussian(sigma: float, reach: int) -> NDArray[np.float32]:
     """Return the weights of 2 reach + 1 voxels, float32, zero beyond four standard deviations; sigma 0: the middle."""
-    weights = np.zeros(2 * reach + 1, np.float32)
-    own = ceil(_BLUR_REACH * sigma)
-    inner = torch.exp(-0.5 * (torch.arange(-own, own + 1) / (sigma or 1.0)) ** 2)
-    weights[reach - own : reach + own + 1] = (inner / inner.sum()).numpy()
-    return weights
-
-
-def _mirrored(at: Tensor, n: int) -> Tensor:
-    """Return the voxels from 0 to n - 1 that whole positions show; ``geometry.mirror`` says the same of arrays."""
-    period = max(1, 2 * (n - 1))
-    at = at.remainder(period)
-    return torch.minimum(at, period - at)
+    at = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (at / (sigma or 1.0)) ** 2) * (np.abs(at) <= ceil(_BLUR_REACH * sigma))
+    shares: NDArray[np.float32] = (weights / weights.sum()).astype(np.float32)
+    return shares
 
 
 def _each(values: Tensor, *, like: Tensor) -> Tensor:
