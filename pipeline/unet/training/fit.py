@@ -27,6 +27,7 @@ from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.team import ALONE, Team
 from pipeline.unet.training.validation import validate
 from pipeline.unet.training.warp import batch_of
+from pipeline.unet.transfer import Leaving
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,16 +56,12 @@ class _Losses:
 
     def __init__(self, on_step: Callable[[Step], None]) -> None:
         self._on_step, self._read = on_step, list[float]()
-        self._coming = deque[tuple[Tensor, torch.cuda.Event | None, Step]]()
+        self._coming = deque[tuple[Leaving, Step]]()
 
     def put(self, loss: Tensor, step: Step) -> None:
         """Take the loss of a step, whose own is not known yet."""
-        there = None
-        if loss.is_cuda:
-            loss, there = loss.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-            there.record()
-        self._coming.append((loss, there, step))
-        self._take(but=0 if there is None else 1)
+        self._coming.append((Leaving.of(loss), step))
+        self._take(but=int(loss.is_cuda))
 
     def mean(self) -> float:
         """Return the mean loss of the steps since this was last asked."""
@@ -76,10 +73,8 @@ class _Losses:
     def _take(self, *, but: int) -> None:
         """Read and tell all losses but the last ones."""
         while len(self._coming) > but:
-            loss, there, step = self._coming.popleft()
-            if there is not None:
-                there.synchronize()
-            self._read.append(_finite(loss.item(), step.step))
+            loss, step = self._coming.popleft()
+            self._read.append(_finite(float(loss.arrived()), step.step))
             self._on_step(replace(step, loss=self._read[-1]))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.geometry.mirror import mirror_index
 from pipeline.unet.training.augment import Field, Grey
 from pipeline.unet.training.patches import IGNORED, Patch
+from pipeline.unet.transfer import locks, sent
 
 _BLUR_REACH = 4.0
 _ALL_KNOWN = 1 - 1e-4
@@ -68,7 +69,7 @@ class Ragged:
         lengths = [array[0].size for array in arrays]
         starts = np.cumsum([0, *lengths[:-1]])
         rows = [torch.from_numpy(array).reshape(len(array), -1) for array in arrays]
-        flat = torch.empty((len(rows[0]), sum(lengths)), dtype=rows[0].dtype, pin_memory=_is_cuda(device))
+        flat = torch.empty((len(rows[0]), sum(lengths)), dtype=rows[0].dtype, pin_memory=locks(device))
         torch.cat(rows, dim=1, out=flat)
         index = sent(np.column_stack([starts, [array.shape[1:] for array in arrays]]).astype(np.int32), device=device)
         return cls(flat.to(device, non_blocking=True), index[:, 0], index[:, 1:])
@@ -223,16 +224,6 @@ def shaded(x: Tensor, greys: Sequence[Grey]) -> Tensor:
     if any(grey.noise > 0 for grey in greys):
         x = x + noise * torch.stack([_drawn(x[0], grey.seed) for grey in greys])
     return x
-
-
-def sent(array: NDArray[Any], *, device: str | torch.device) -> Tensor:
-    """Return an array on the device; a GPU copies it while the processor goes on."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if _is_cuda(device) else tensor.to(device)
-
-
-def _is_cuda(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cuda"
 
 
 def _drawn(like: Tensor, seed: int) -> Tensor:
