@@ -23,15 +23,23 @@ def gpu_workers(workers: Mapping[str, Any]) -> frozenset[str]:
 def device_of(client: Client) -> str:
     """Return the device of the workers that blocks go to: "cuda" where every one has a GPU that torch can use."""
     every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    asked = gpu_workers(every) or frozenset(every)
+    claimed = gpu_workers(every)
+    asked = claimed or frozenset(every)
     told = client.run(_device, workers=sorted(asked), on_error="return").values()
     n_gpus = sum(each == "cuda" for each in told)
-    if 0 < n_gpus < len(asked):
+    if n_gpus == len(asked) > 0:
+        return "cuda"
+    if claimed:
         log.warning(
-            "%d of %d workers have a GPU, so all compute on the CPU: start those with --resources GPU=1, and the "
+            "all compute on the CPU, since torch can use a GPU on %d of the %d workers whose resources name one: "
+            "mend the others, or start them without --resources GPU=1", n_gpus, len(asked),
+        )  # fmt: skip
+    elif n_gpus:
+        log.warning(
+            "all compute on the CPU, since %d of %d workers have a GPU: start these with --resources GPU=1, and the "
             "others get no blocks", n_gpus, len(asked),
         )  # fmt: skip
-    return "cuda" if asked and n_gpus == len(asked) else "cpu"
+    return "cpu"
 
 
 def _device() -> str:

@@ -20,10 +20,14 @@ def test_a_run_is_for_gpus_where_every_worker_that_gets_blocks_has_one(tmp_path,
         started.worker(*preloaded)
         run.client.wait_for_workers(2, timeout=60)
         assert run.device() == "cpu"
-        assert "1 of 2 workers have a GPU, so all compute on the CPU: start those with --resources GPU=1" in caplog.text
+        assert "the CPU, since 1 of 2 workers have a GPU: start these with --resources GPU=1" in caplog.text
         started.worker(*preloaded, "--resources", "GPU=1")
         run.client.wait_for_workers(3, timeout=60)
         assert run.device() == device_at(started.address) == "cuda"
+        started.worker("--nthreads", "1", "--resources", "GPU=1")
+        run.client.wait_for_workers(4, timeout=60)
+        assert run.device() == "cpu"
+        assert "torch can use a GPU on 1 of the 2 workers whose resources name one" in caplog.text
         started.scheduler.kill()
         started.scheduler.wait(10)
         with pytest.raises(ClusterError, match=r"^the (Dask scheduler must live|workers must tell what they compute)"):
