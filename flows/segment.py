@@ -82,13 +82,13 @@ def segment_stage(
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
     n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
-    device = pick_device("auto") if cluster == "local" else "cuda"  # a cluster is asked where something is to be done
+    asked_later = cluster != "local" and not shared  # a cluster that is not open yet, where something is to be done
+    device = pick_device("auto") if cluster == "local" else shared.device() if shared else "cuda"
     scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
-    if n_missing and cluster != "local":
-        scheme = replace(scheme, device=shared.device() if shared else device_at(cluster))
-        plan = plan_segment(image, model=model, name=name, scheme=scheme)
+    if n_missing and asked_later:
+        plan = plan_segment(image, model=model, name=name, scheme=replace(scheme, device=device_at(cluster)))
     plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
     what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))

@@ -43,13 +43,10 @@ class RetryLog:
         self._n_untold, self._last = self._n_untold + 1, line
         if self._clock() - self._told_s >= self._pause_s:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-            self._tell_rest()
+            self.close()
 
     def close(self) -> None:
-        """Tell of what was not told yet."""
-        self._tell_rest()
-
-    def _tell_rest(self) -> None:
+        """Tell of what was not told yet; lines may still come."""
         if self._n_untold:
             log.warning("more attempts that came to nothing since: %d, the last: %s", self._n_untold, self._last)
         self._n_untold, self._told_s = 0, self._clock()
