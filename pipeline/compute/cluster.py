@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from threading import Event
 from time import monotonic, sleep
 from uuid import uuid4
 
-import dask
-from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Security
+from distributed import Client, Security
 from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
 from pipeline.compute.devices import device_of
+from pipeline.compute.local import local_client
 from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
-from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
+from pipeline.compute.runner import BlockRecord, BlockWork, Quarantined, cause_of
 from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
 from pipeline.compute.versions import Gate, check_versions, of_this_process
 from pipeline.compute.window import Window
@@ -39,10 +35,6 @@ log = logging.getLogger("haloseg")
 CONNECT_TIMEOUT_S = 10.0
 FIRST_WORKER_TIMEOUT_S = 30.0
 WORKER_TIMEOUT_S = 300.0
-LOG_LENGTH = 100  # of Dask's logs for its own developers: 1000 messages to and from each worker are 1 MiB and more
-LOST_WORKER_TIMEOUT_S = 24 * 3600  # else Dask ends the nanny of a worker that is not back within 15 s
-_KILL_TIMEOUT_S = 0.2
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _NOISY_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornado.application", "asyncio")
 
 
@@ -151,8 +143,8 @@ class DaskRunner:
 
 @contextmanager
 def open_runner(
-    *, cluster: str = "local", n_workers: int, worker_timeout_s: float = WORKER_TIMEOUT_S,
-    stuck_after_s: float = STUCK_AFTER_S,
+    *, cluster: str = "local", n_workers: int, gpus: tuple[str, ...] = (),
+    worker_timeout_s: float = WORKER_TIMEOUT_S, stuck_after_s: float = STUCK_AFTER_S,
 ) -> Iterator[DaskRunner]:
     """Yield a runner of blocks, on a cluster that is closed at the end if it was started here.
 
@@ -160,6 +152,7 @@ def open_runner(
     ----------
     cluster : "local" for processes of this machine, or the address of a scheduler, tcp://host:port or tls://host:port
     n_workers : processes of a local cluster; an address brings its own
+    gpus : one for each of these processes, which sees no other, as CUDA_VISIBLE_DEVICES names it; none on the CPU
     worker_timeout_s : how long a run goes on waiting when it has lost every worker
     stuck_after_s : a worker whose block shows no sign of life for so long ends itself, and the block runs elsewhere
 
@@ -171,7 +164,8 @@ def open_runner(
     if n_workers < 1:
         raise ArgumentError(f"a run needs at least 1 worker, got {n_workers}; use 1 or more")
     check_address(cluster)
-    with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
+    is_local = cluster == "local"
+    with _quiet_logs(), local_client(n_workers, gpus) if is_local else _remote_client(cluster) as client:
         client.forward_logging("haloseg")
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
         with losses.listening(client):
@@ -182,53 +176,6 @@ def device_at(address: str) -> str:
     """Return the device of the workers of the scheduler at an address; see ``open_runner`` for what it raises."""
     with open_runner(cluster=address, n_workers=1) as run:
         return run.device()
-
-
-@contextmanager
-def _local_client(n_workers: int) -> Iterator[Client]:
-    """Start one process per worker; memory is the plan's affair, not Dask's.
-
-    Each gets its share of the cores, unless the environment says OMP_NUM_THREADS already.
-    """
-    own = os.environ.get("OMP_NUM_THREADS", "")  # torch lets MKL_NUM_THREADS, where it is set, overrule it
-    n_threads = int(own) if own.isdigit() else max(1, CPU_COUNT // n_workers)
-    settings = {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in _THREAD_SETTINGS} | {
-        "distributed.scheduler.allowed-failures": RETRIES,
-        "distributed.admin.low-level-log-length": LOG_LENGTH,
-        "distributed.deploy.lost-worker-timeout": LOST_WORKER_TIMEOUT_S,
-    }
-    with (
-        dask.config.set(settings),
-        _kept_environment(),
-        _started(n_workers) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        try:
-            yield client
-        except BaseException:
-            cluster.sync(_kill_workers, cluster)
-            raise
-
-
-def _started(n_workers: int) -> LocalCluster:
-    """Return a running cluster whose processes do not hear Ctrl-C: this one does, and ends them.
-
-    Threads and processes inherit the signals that are blocked where they are started, also those of later restarts.
-    """
-    resource_tracker.ensure_running()  # it unblocks the signal in the thread that first needs it (CPython, all of 3.x)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    try:
-        return LocalCluster(
-            n_workers=n_workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )  # fmt: skip
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-async def _kill_workers(cluster: LocalCluster) -> None:
-    """End the processes in the midst of their blocks, whose writes are atomic; Dask would wait seconds for them."""
-    await asyncio.gather(*(nanny.close(timeout=_KILL_TIMEOUT_S) for nanny in cluster.workers.values()))
 
 
 @contextmanager
@@ -259,21 +206,6 @@ async def _shake_hands(address: str) -> None:
     arguments = Security().get_connection_args("client")
     comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT_S, **arguments), CONNECT_TIMEOUT_S)
     comm.abort()
-
-
-@contextmanager
-def _kept_environment() -> Iterator[None]:
-    """Give this process its environment back: Dask's nannies put the settings of their workers into it."""
-    names = {*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED", "__DASK_PARENT_PID"}
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class _ToOurLog(logging.Handler):

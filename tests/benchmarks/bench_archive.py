@@ -21,7 +21,8 @@ import psutil
 from distributed import Client, LocalCluster
 
 from pipeline.compute import window
-from pipeline.compute.cluster import LOG_LENGTH, DaskRunner, open_runner
+from pipeline.compute.cluster import DaskRunner, open_runner
+from pipeline.compute.local import LOG_LENGTH
 from pipeline.compute.runner import BlockRecord
 
 INGEST_S, REPORT_S, BLOCK_S = 2.0, 1.0, 0.5

@@ -29,7 +29,8 @@ from clusters import processes
 from volumes import model_file, scan_file
 
 from pipeline.compute import window
-from pipeline.compute.cluster import LOG_LENGTH, open_runner
+from pipeline.compute.cluster import open_runner
+from pipeline.compute.local import LOG_LENGTH
 from pipeline.compute.runner import BlockRecord, run_serial
 from pipeline.config import Scheme
 from pipeline.geometry.box import Box
