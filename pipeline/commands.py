@@ -14,14 +14,11 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import UNCOUNTED_WORKERS, EngineName, Precision, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme
 from pipeline.console import STDERR, bars
 from pipeline.errors import ArgumentError
 
 Document = dict[str, Any]
-
-# Multiply-adds that one core does (1.3e10 a second: 3-D, width 16, measured) in the seconds that workers need to start.
-_WORTH_A_WORKER = 30_000_000_000
 
 
 def demo(args: Namespace) -> Document:
@@ -86,7 +83,8 @@ def plan(args: Namespace) -> Document:
     what = _plan(args, args.image, name="plan", scheme=_scheme_of(args))
     seconds = resolve_name("pipeline.forecast:forecast_s")(what) if args.calibrate else None
     speed = {"seconds": seconds, "voxels_per_s": prod(what.grid.shape) / seconds} if seconds else {}
-    return _planned(what) | speed
+    gpus = {"gpus": list(_gpus(what.n_workers))} if what.device == "cuda" else {}
+    return _planned(what) | gpus | speed
 
 
 def segment(args: Namespace) -> Document:
@@ -98,7 +96,7 @@ def segment(args: Namespace) -> Document:
                 args.image, model=_model(args.model), name=args.name, scheme=scheme, watch=watch
             )
             what = _plan(args, image, name=args.name, scheme=scheme)
-            with _runner(args, what) as run:
+            with _runner(args, what, scheme) as run:
                 result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
     return {
         **_made(result.result), "voxels": result.n_voxels, "blocks": result.n_blocks,
@@ -132,12 +130,16 @@ def _has_classes(result: Any) -> bool:  # noqa: ANN401
 
 def verify(args: Namespace) -> Document:
     """Compute sampled boxes of a result again, by the reference."""
-    scheme = Scheme(device=_device(args), budget_bytes=args.budget)
-    with bars(shown=True) as watch, _opened(args.cluster, args.workers or 1) as run:
-        certificate = resolve_name("pipeline.verify:verify")(
-            args.image, name=args.name, model=args.model and _model(args.model), n_boxes=args.boxes, seed=args.seed,
-            scheme=scheme, run=run, watch=watch,
-        )  # fmt: skip
+    scheme = Scheme(budget_bytes=args.budget, **_sharing(args, _device(args)))
+    what = resolve_name("pipeline.verify:plan_verify")(
+        args.image, name=args.name, model=args.model and _model(args.model), scheme=scheme
+    )
+    work = resolve_name("pipeline.verify:verifying_multiply_adds")(what, n_boxes=args.boxes)
+    n_workers = min(scheme.shared(work), args.boxes)
+    with bars(shown=True) as watch, _opened(args.cluster, n_workers, device=scheme.device) as run:
+        certificate = resolve_name("pipeline.verify:verified")(
+            what, n_boxes=args.boxes, seed=args.seed, run=run, watch=watch
+        )
     document: Document = certificate.to_json()
     return document
 
@@ -175,11 +177,10 @@ def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # 
 
 
 def _scheme_of(args: Namespace) -> Scheme:
-    device = _device(args)
     return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
-        precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
-        column=args.column, n_workers=_n_workers(args, device), budget_bytes=args.budget,
+        precision=Precision(args.precision), tile=args.tile, slab=args.slab, column=args.column,
+        budget_bytes=args.budget, **_sharing(args, _device(args)),
     )  # fmt: skip
 
 
@@ -193,12 +194,21 @@ def _device(args: Namespace) -> str:
     return str(device)
 
 
-def _n_workers(args: Namespace, device: str) -> int:
-    """Return the processes among which a run is shared out: here one per core, or one for the GPU."""
-    usual = min(os.cpu_count() or 1, 8) if device == "cpu" else 1
-    if getattr(args, "cluster", "local") != "local":
-        usual = UNCOUNTED_WORKERS
-    return int(args.workers or usual)
+def _sharing(args: Namespace, device: str) -> Document:
+    """Return the fields of a scheme that tell on what it runs, and among how many processes of it."""
+    is_local = getattr(args, "cluster", "local") == "local"
+    n_workers = args.workers or UNCOUNTED_WORKERS
+    if is_local:
+        usual = min(os.cpu_count() or 1, 8)
+        n_workers, _ = resolve_name("pipeline.unet.device:workers_here")(device, asked=args.workers, usual=usual)
+    worth = WORTH_A_WORKER[device] if is_local and not args.workers else None
+    return {"device": device, "n_workers": n_workers, "worth_a_worker": worth}
+
+
+def _gpus(n_workers: int) -> tuple[str, ...]:
+    """Return the GPUs of so many processes here, one for each."""
+    gpus: tuple[str, ...] = resolve_name("pipeline.unet.device:gpus_for")(n_workers)
+    return gpus
 
 
 def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
@@ -210,7 +220,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
         **_scheme(what), "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
         "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
         "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
-        "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes,
+        "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes, "workers": what.n_workers,
         "device": what.device, "engine": what.engine.value, "precision": what.precision.value,
         "normalisation": what.model.normalisation.value, "limits": [list(pair) for pair in what.model.limits],
     }  # fmt: skip
@@ -228,13 +238,13 @@ def _scheme(what: Any) -> Document:  # noqa: ANN401
     }  # fmt: skip
 
 
-def _runner(args: Namespace, what: Any) -> AbstractContextManager[RunBlocks]:  # noqa: ANN401 of a late module
-    """Return what runs the blocks: this process where one is enough, else Dask workers; a GPU serves one process."""
+def _runner(args: Namespace, what: Any, scheme: Scheme) -> AbstractContextManager[RunBlocks]:  # noqa: ANN401 late module
+    """Return what runs the blocks that are missing: this process where one is enough, else Dask workers."""
     n_missing = len(what.grid) - len(what.done())
-    n_workers = min(_n_workers(args, what.device), n_missing)
-    if args.cluster == "local" and not args.workers:
-        n_workers = min(n_workers, 1 + what.multiply_adds * n_missing // len(what.grid) // _WORTH_A_WORKER)
-    return _opened(args.cluster, n_workers) if n_missing else nullcontext(run_serial)
+    if not n_missing:
+        return nullcontext(run_serial)
+    left = what.multiply_adds * n_missing // len(what.grid)
+    return _opened(args.cluster, min(what.n_workers, scheme.shared(left), n_missing), device=what.device)
 
 
 def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
@@ -242,10 +252,14 @@ def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
     return _opened(args.cluster, args.workers or 1)
 
 
-def _opened(cluster: str, n_workers: int) -> AbstractContextManager[RunBlocks]:
+def _opened(cluster: str, n_workers: int, *, device: str = "cpu") -> AbstractContextManager[RunBlocks]:
+    """Return what runs blocks in so many processes; a GPU serves one."""
     if cluster == "local" and n_workers == 1:
         return nullcontext(run_serial)
+    gpus = _gpus(n_workers) if cluster == "local" and device == "cuda" else ()
+    if gpus:
+        STDERR.print(f"{n_workers} workers, each with a GPU: {', '.join(gpus)}")
     runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.cluster:open_runner")(
-        cluster=cluster, n_workers=n_workers
+        cluster=cluster, n_workers=n_workers, gpus=gpus
     )
     return runner

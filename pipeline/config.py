@@ -10,6 +10,11 @@ from pipeline.errors import ArgumentError
 DEFAULT_BUDGET_BYTES = {"cpu": 2**30, "cuda": 2**32}
 # Workers of a cluster that are not counted before its scheduler is asked: columns are shared out among so many.
 UNCOUNTED_WORKERS = 64
+# Multiply-adds that a worker does in the seconds that it needs to start. One core: 1.3e10 a second (3-D, width 16,
+# measured). A GPU: 2.5e13 a second (width 16 in TF32 or bfloat16, measured on an H200: 44 to 54 TFLOP/s; width 64 up to
+# 323, float32 14 to 30) for four seconds, of which torch takes two to import; for CUDA's own start, which was not
+# measured, two are taken.
+WORTH_A_WORKER = {"cpu": 30_000_000_000, "cuda": 100_000_000_000_000}
 
 
 class EngineName(StrEnum):
@@ -47,7 +52,8 @@ class Scheme:
     slab : rows that enter the network at once when it is streamed
     column : shards of a column along each of the image's spatial axes
     budget_bytes : memory of one worker for activations, weights and buffers; None takes the device's default
-    n_workers : among which columns are shared out
+    n_workers : among which columns are shared out, at most
+    worth_a_worker : multiplications of a run without halos for each further worker; None shares out any run
     """
 
     engine: EngineName | None = None
@@ -58,6 +64,7 @@ class Scheme:
     column: tuple[int, ...] | None = None
     budget_bytes: int | None = None
     n_workers: int = 1
+    worth_a_worker: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision in (Precision.TF32, Precision.FP16) and self.device == "cpu":
@@ -78,6 +85,11 @@ class Scheme:
     def bound_bytes(self) -> int:
         """The memory of one worker."""
         return DEFAULT_BUDGET_BYTES[self.device] if self.budget_bytes is None else self.budget_bytes
+
+    def shared(self, multiply_adds: int) -> int:
+        """Return among how many workers so much work is shared out."""
+        worth = self.worth_a_worker
+        return self.n_workers if worth is None else min(self.n_workers, 1 + multiply_adds // worth)
 
     @property
     def streamed(self) -> bool:

@@ -19,4 +19,5 @@ def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
     cross = tuple(n for at, n in enumerate(columns.part_shape) if at >= slices and at != columns.axis)
     rate = rows_per_s(engine, cross=cross, slab=columns.slab, seconds=seconds)
     streaming = streaming_of(plan.image, plan.model, plan.grid, 1, precision=plan.precision, device=plan.device)
-    return plan.multiply_adds / (rate * streaming.multiply_adds_per_row(columns))
+    at_once = plan.n_workers if plan.device == "cuda" else 1  # here one process has all cores, and one GPU
+    return plan.multiply_adds / (at_once * rate * streaming.multiply_adds_per_row(columns))

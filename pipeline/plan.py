@@ -52,6 +52,7 @@ class Plan:
     multiply_adds : multiplications of the whole run
     halo_tax : those, in units of one pass over the scan without any halo
     bytes_read : uncompressed, halos counted each time they are read
+    n_workers : among which it is shared out
     """
 
     image: Image
@@ -73,6 +74,7 @@ class Plan:
     halo_tax: float
     bytes_read: int
     bytes_written: int
+    n_workers: int
 
     @property
     def labels(self) -> Labels:
@@ -131,13 +133,15 @@ def plan_segment(
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
         raise ArgumentError(f"a streamed network must be one of ours, got {why}; leave --slab and --column out")
+    bare = bare_multiply_adds(network.settings, of.spatial_shape)
+    scheme = replace(scheme, n_workers=scheme.shared(bare))
     how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
     return Plan(
         of, network, model, result, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
         scheme.precision, n_units, peak, scheme.bound_bytes, multiply_adds,
-        multiply_adds / bare_multiply_adds(network.settings, of.spatial_shape),
-        read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
+        multiply_adds / bare, read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
+        scheme.n_workers,
     )  # fmt: skip
 
 

@@ -30,14 +30,17 @@ def verify(
     image: str, *, name: str, run: RunBlocks, model: str | None = None, n_boxes: int = 16, seed: int = 1,
     scheme: Scheme | None = None, watch: Watcher = UNWATCHED,
 ) -> Certificate | ValueCertificate:
-    """Compute boxes of ``image/labels/name`` again, with the engine that made it and the reference.
+    """Compute boxes of ``image/labels/name`` again; see ``plan_verify`` and ``verified``."""
+    plan = plan_verify(image, name=name, model=model, scheme=scheme)
+    return verified(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)
 
-    Of a prediction, ``image/predictions/name``, the stored values themselves are compared with the reference.
+
+def plan_verify(image: str, *, name: str, model: str | None = None, scheme: Scheme | None = None) -> Plan:
+    """Return the plan that a result was made by, or one like it.
 
     Parameters
     ----------
     model : path of the model file, where it lies elsewhere now than when it made the labels
-    n_boxes, seed : how many boxes, and which
 
     Raises
     ------
@@ -53,7 +56,20 @@ def verify(
         engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
         device=usual.device, budget_bytes=usual.budget_bytes,
     )  # fmt: skip
-    plan = plan_segment(image, model=str(path), name=name, scheme=scheme)
+    return plan_segment(image, model=str(path), name=name, scheme=scheme)
+
+
+def verified(
+    plan: Plan, *, run: RunBlocks, n_boxes: int, seed: int, watch: Watcher = UNWATCHED
+) -> Certificate | ValueCertificate:
+    """Compute boxes of a result again, with the engine that made it and the reference.
+
+    Of a prediction, ``image/predictions/name``, the stored values themselves are compared with the reference.
+
+    Parameters
+    ----------
+    n_boxes, seed : how many boxes, and which
+    """
     certificate = certify(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)
     if certificate is None:
         raise BudgetError("verifying needs memory for the reference's smallest tile; raise --budget")
@@ -134,8 +150,20 @@ def _affordable(plan: Plan) -> tuple[tuple[int, ...], int]:
     side, spare = _LARGEST[settings.dims], LARGEST_SHARE * plan.multiply_adds
     while True:
         box = tuple(-(-side // s) * s for s in rule.stride)
-        window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
-        cost = (slower + 1) * tile_multiply_adds(settings, window)  # the reference, and at most as much by the engine
+        cost = (slower + 1) * _multiply_adds(plan, box)  # the reference, and at most as much by the engine
         if cost <= spare or box == rule.stride:
             return box, max(1, min(N_BOXES, int(spare // cost)))
         side //= 2
+
+
+def verifying_multiply_adds(plan: Plan, *, n_boxes: int) -> int:
+    """Return the multiplications of verifying so many boxes, by the reference and by the run's engine."""
+    box, _ = _affordable(plan)
+    return 2 * n_boxes * _multiply_adds(plan, box)
+
+
+def _multiply_adds(plan: Plan, box: tuple[int, ...]) -> int:
+    """Return the multiplications of the reference for a box, along the network's axes."""
+    rule = plan.model.rule
+    window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
+    return tile_multiply_adds(plan.model.settings, window)
