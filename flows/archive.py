@@ -41,7 +41,7 @@ from flows.parameters import (
     TruthTemplate,
     Workers,
 )
-from flows.segment import segment_scan, tell
+from flows.segment import LOCAL_WORKERS, segment_scan, tell
 from flows.slots import LIMITS, limits_of
 from flows.stages import failed, stage
 from flows.stopping import given_up, pausable
@@ -58,6 +58,7 @@ from pipeline.segment import Segmented
 from pipeline.store.location import Location
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import model_path
+from pipeline.unet.device import pick_device, workers_here
 
 _NAMED = 10
 _ALARMING_SHARE = 0.2
@@ -96,7 +97,7 @@ def open_stage(scans: Sequence[Scan], *, limit: int | None) -> tuple[tuple[Scan,
 @flow(name="archive", flow_run_name="{name} of {archive}")
 def segment_archive(
     archive: ArchivePath, model: ModelPath, pattern: Pattern = "**/*", name: LabelName = "classes",
-    images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = 2,
+    images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = None,
     budget_bytes: Budget = None, limit: Limit = None, budget_hours: BudgetHours = None,
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
     precision: Numbers = Precision.FLOAT32,
@@ -136,9 +137,11 @@ def _shown_at_the_end(table: Table) -> Iterator[Table]:
 
 
 @contextmanager
-def _cluster(address: str, workers: int, *, archive: str) -> Iterator[DaskRunner]:
+def _cluster(address: str, workers: int | None, *, archive: str) -> Iterator[DaskRunner]:
     """Open one cluster for all scans of an archive."""
-    with open_runner(cluster=address, n_workers=workers) as run:
+    device = pick_device("auto") if address == "local" else "cpu"
+    n_workers, gpus = workers_here(device, asked=workers, usual=LOCAL_WORKERS)
+    with open_runner(cluster=address, n_workers=n_workers, gpus=gpus) as run:
         shared = replace(run, given_up=given_up())
         runner, limits = SHARED_RUNNER.set(shared), LIMITS.set(limits_of(archive))
         try:

@@ -1,4 +1,4 @@
-"""The demo: the main job, on the scan that ships with the project, as a Prefect flow on two Dask workers."""
+"""The demo: the main job, on the scan that ships with the project, as a Prefect flow on Dask workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
 
 _SHIPPED = ("scan.tif", "truth.tif", "model.safetensors")
-_N_WORKERS = 2
 _SHARD = (64,)  # 18 blocks, so that there is something to see
 
 
@@ -32,7 +31,7 @@ def demo(folder: str) -> dict[str, Any]:
                 shutil.copyfile(shipped / name, home / name)
     scan, truth, model = (str(home / name) for name in _SHIPPED)
     image, drawn = str(home / "scan.zarr"), home / "picture.png"
-    result, figures = segment_scan(scan, image, model, name="interior", truth=truth, workers=_N_WORKERS, shard=_SHARD)
+    result, figures = segment_scan(scan, image, model, name="interior", truth=truth, shard=_SHARD)
     known = ingest_labels(truth, image=image, name="truth")
     drawn.write_bytes(picture(open_image(image), open_labels(result.labels.location), truth=known))
     return {

@@ -16,7 +16,10 @@ TruthPath = Annotated[
     str | None, Field(description="What to compare with: a label volume or a scan of integers; of predictions an image")
 ]
 Cluster = Annotated[str, Field(description='"local", or the address of a Dask scheduler such as tls://host:8786')]
-Workers = Annotated[int, Field(ge=1, description="Worker processes of a local cluster")]
+Workers = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    Field(description="Worker processes of a local cluster; empty: one for each GPU, or 2"),
+]
 Budget = Annotated[
     Annotated[int, Field(ge=1)] | None,
     Field(description="Memory of one worker for activations, weights and buffers, bytes; by default 1 GiB, on a GPU 4"),

@@ -30,11 +30,12 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
         ("image", f"`{plan.image.location}`"), ("model", f"`{plan.model_path}`"),
         (kind_of(plan.result), f"`{plan.result.location}`"),
     ])  # fmt: skip
+    workers = f"{n_workers}, each with a GPU" if plan.device == "cuda" else str(n_workers)
     return f"# Plan\n\n{paths}\n" + _table([
         ("voxels", f"{shape}, {plan.image.dtype}"),
         ("blocks", f"{len(plan.grid):,}, of which {n_missing:,} are to be done"),
         ("work", f"{plan.n_units:,} {how}"),
-        ("workers", str(n_workers) if n_workers else "those of the cluster"),
+        ("workers", workers if n_workers else "those of the cluster"),
         ("engine", f"{plan.engine}, {plan.precision}, on {plan.device}"),
         ("multiply-adds", quantity(plan.multiply_adds)),
         ("of these for the halo", f"{1 - 1 / plan.halo_tax:.0%}"),

@@ -49,7 +49,9 @@ from pipeline.store.location import Location
 from pipeline.store.results import complete, mark_reported
 from pipeline.store.roots import check_paths
 from pipeline.store.shelf import model_path
-from pipeline.unet.device import pick_device
+from pipeline.unet.device import pick_device, workers_here
+
+LOCAL_WORKERS = 2  # of a cluster that a flow starts, where there is no GPU
 
 Figures = Evaluated | Compared
 Made = tuple[Segmented, Figures | None]
@@ -77,25 +79,28 @@ def _warn_of(retries: Retries) -> None:
 
 @stage("segment")
 def segment_stage(
-    image: str, *, model: str, name: str, cluster: str, workers: int, budget_bytes: int | None, precision: Precision,
+    image: str, *, model: str, name: str, cluster: str, workers: int | None, budget_bytes: int | None,
+    precision: Precision,
 ) -> Segmented:
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
-    n_workers = workers if cluster == "local" else UNCOUNTED_WORKERS
     asked_later = cluster != "local" and not shared  # a cluster that is not open yet, where something is to be done
     device = pick_device("auto") if cluster == "local" else shared.device() if shared else "cuda"
+    n_workers, gpus = UNCOUNTED_WORKERS, tuple[str, ...]()
+    if cluster == "local":
+        n_workers, gpus = workers_here(device, asked=workers, usual=LOCAL_WORKERS)
     scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     if n_missing and asked_later:
         plan = plan_segment(image, model=model, name=name, scheme=replace(scheme, device=device_at(cluster)))
     plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
-    what = plan_markdown(plan, n_missing=n_missing, n_workers=workers if cluster == "local" else 0)
+    what = plan_markdown(plan, n_missing=n_missing, n_workers=n_workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))
     kind = "columns" if plan.columns else "tiles"
     get_run_logger().info("%d blocks, %d to do, in %d %s", len(plan.grid), n_missing, plan.n_units, kind)
     with (
-        _runner(shared, n_missing=n_missing, cluster=cluster, workers=workers) as run,
+        _runner(shared, n_missing=n_missing, cluster=cluster, n_workers=n_workers, gpus=gpus) as run,
         watched(key=key, count=lambda: len(plan.done()), n_voxels=prod(plan.grid.shape)) as watch,
     ):
         result = segment(plan, run=run, watch=watch)
@@ -106,12 +111,15 @@ def segment_stage(
 
 
 @contextmanager
-def _runner(shared: DaskRunner | None, *, n_missing: int, cluster: str, workers: int) -> Iterator[RunBlocks]:
+def _runner(
+    shared: DaskRunner | None, *, n_missing: int, cluster: str, n_workers: int, gpus: tuple[str, ...]
+) -> Iterator[RunBlocks]:
     """Yield the shared runner or one opened for this scan, or, where nothing is to be done, one that needs no slot."""
     if not n_missing:
         yield shared or run_serial
         return
-    with slot(), nullcontext(shared) if shared else open_runner(cluster=cluster, n_workers=workers) as run:
+    opened = nullcontext(shared) if shared else open_runner(cluster=cluster, n_workers=n_workers, gpus=gpus)
+    with slot(), opened as run:
         yield replace(run, given_up=given_up())
 
 
@@ -145,7 +153,7 @@ def report_stage(image: str, result: Segmented, *, figures: Figures | None, caus
 @flow(name="segment", flow_run_name="{name} of {scan}")
 def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
-    cluster: Cluster = "local", workers: Workers = 2, budget_bytes: Budget = None, shard: Shard = None,
+    cluster: Cluster = "local", workers: Workers = None, budget_bytes: Budget = None, shard: Shard = None,
     precision: Numbers = Precision.FLOAT32,
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
