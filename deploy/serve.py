@@ -131,9 +131,8 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
     n_workers = len(gpus) or args.workers
     n_threads = max(1, (os.cpu_count() or 1) // n_workers)
     for number in range(n_workers):
-        own = {"CUDA_VISIBLE_DEVICES": gpus[number]} if gpus else {
-            name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }  # fmt: skip
+        own = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        own |= {"CUDA_VISIBLE_DEVICES": gpus[number]} if gpus else {}
         add(f"dask-worker-{number}", sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1",
             "--memory-limit", "0", "--dashboard-address", f"127.0.0.1:{args.dask_port + 2 + number}",
             "--local-directory", str(home / "dask"), *(["--resources", "GPU=1"] if gpus else []), **own)  # fmt: skip
@@ -176,12 +175,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _gpus() -> list[str]:
-    """Return the numbers of this machine's GPUs."""
-    try:
-        told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True,
-                              text=True, check=True, timeout=20)  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
+    """Return the names of the GPUs that torch can use here; of those in CUDA_VISIBLE_DEVICES, where that is set."""
+    ask = "from pipeline.unet.device import visible_gpus; print(*visible_gpus())"
+    told = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=False)
+    if told.returncode:
+        tell(f"GPUs were not counted: {told.stderr.strip().splitlines()[-1:]}")
     return told.stdout.split()
 
 
