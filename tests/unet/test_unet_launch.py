@@ -4,6 +4,7 @@ import os
 import signal
 from multiprocessing import active_children
 
+import nccl
 import pytest
 import torch
 from torch import distributed
@@ -13,8 +14,9 @@ from pipeline.unet.training.launch import launch
 
 
 def failing(*, team, say):
-    """Add a number in all processes, in vain where the second one does not come."""
+    """Add a number in all processes, in vain where the second one does not come, nor can leave the others."""
     if not team.leads:
+        distributed.destroy_process_group = signal.pause  # as NCCL's may wait for what will not end
         raise ArgumentError("one line")
     distributed.all_reduce(torch.ones(1))
 
@@ -61,4 +63,11 @@ def test_who_hears_a_word_can_end_it_all():
     with pytest.raises(StoppedError):
         launch(talking, 2, device="cpu", on_word=on_word)
     assert heard == [0]
+    assert active_children() == []
+
+
+def test_each_process_sees_a_gpu_of_its_own_of_those_that_the_user_shows(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f, GPU-1a,GPU-77")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch(nccl.seen, 2, device="cuda", on_word=print) == (["GPU-8f", "GPU-1a"], 2, "nccl")
     assert active_children() == []

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from pipeline.errors import PipelineError, RunError
+from pipeline.unet.device import VISIBLE, gpus_for
 from pipeline.unet.training.team import Team, joined
 
 T_co = TypeVar("T_co", covariant=True)
@@ -147,11 +148,12 @@ def _cause(started: list[_Process]) -> PipelineError:
 def _started(work: Work[Any], n: int, *, folder: str, device: str) -> Iterator[list[_Process]]:
     """Start the processes; none is left when the block ends."""
     context, started = get_context("spawn"), list[_Process]()
+    gpus = gpus_for(n) if device == "cuda" else ("",) * n
     n_threads = max(1, torch.get_num_threads() // n)
     try:
-        for rank in range(n):
+        for rank, gpu in enumerate(gpus):
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (work, rank, n, Path(folder), device, n_threads, theirs)
+            arguments = (work, rank, n, Path(folder), gpu, n_threads, theirs)
             process = context.Process(target=_take_part, args=arguments, daemon=True)
             process.start()
             theirs.close()  # the end of a process is then the end of its pipe
@@ -170,9 +172,9 @@ def _started(work: Work[Any], n: int, *, folder: str, device: str) -> Iterator[l
 
 
 def _take_part(
-    work: Work[Any], rank: int, n: int, folder: Path, device: str, n_threads: int, pipe: Connection
+    work: Work[Any], rank: int, n: int, folder: Path, gpu: str, n_threads: int, pipe: Connection
 ) -> None:
-    """Be one of the processes."""
+    """Be one of the processes, which sees its own GPU alone, if there is one for it: that is "cuda" then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal it reaches all; the one that started us ends us
     Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # stdout is for the result, and libraries write there
@@ -182,25 +184,26 @@ def _take_part(
         if rank == 0 or isinstance(word, PipelineError | _Broken):
             pipe.send_bytes(pickle.dumps(word))
 
+    if gpu:
+        os.environ[VISIBLE] = gpu
+    # told before it leaves the others, too: to leave, it may have to wait for those that wait for it
+    with _told(say), joined(rank, n, folder=folder, device="cuda" if gpu else "cpu") as team, _told(say):
+        result = work(team=team, say=say)
+        team.first(lambda: None)  # none leaves before all are done
+    say(_Done(result))
+
+
+@contextmanager
+def _told(say: Callable[[object], None]) -> Iterator[None]:
+    """Say what goes wrong while the block runs, and end this process."""
     try:
-        if device == "cuda":
-            _see_one_gpu(rank)
-        with joined(rank, n, folder=folder, device=device) as team:
-            result = work(team=team, say=say)
-            team.first(lambda: None)  # none leaves before all are done
-        say(_Done(result))
+        yield
     except PipelineError as error:
         say(error)
         sys.exit(1)
     except Exception:  # noqa: BLE001 whatever it is, the one that started us tells it
         say(_Broken(format_exc()))
         sys.exit(1)
-
-
-def _see_one_gpu(rank: int) -> None:
-    """Let this process see its own GPU alone, which is "cuda" then."""
-    seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    os.environ["CUDA_VISIBLE_DEVICES"] = seen[rank] if seen else str(rank)
 
 
 def _end_with_parent() -> None:
