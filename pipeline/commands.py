@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import UNCOUNTED_WORKERS, EngineName, Precision, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, EngineName, Precision, Scheme, Tta
 from pipeline.console import STDERR, bars
 from pipeline.errors import ArgumentError
 
@@ -178,7 +178,7 @@ def _scheme_of(args: Namespace) -> Scheme:
     device = _device(args)
     return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
-        precision=Precision(args.precision), device=device, tile=args.tile, slab=args.slab,
+        precision=Precision(args.precision), tta=Tta(args.tta), device=device, tile=args.tile, slab=args.slab,
         column=args.column, n_workers=_n_workers(args, device), budget_bytes=args.budget,
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
         "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
         "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
         "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes,
-        "device": what.device, "engine": what.engine.value, "precision": what.precision.value,
+        "device": what.device, "engine": what.engine.value, "precision": what.precision.value, "tta": what.tta.value,
         "normalisation": what.model.normalisation.value, "limits": [list(pair) for pair in what.model.limits],
     }  # fmt: skip
 

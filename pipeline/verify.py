@@ -7,7 +7,7 @@ import logging
 from pipeline.certificate import Certificate, ValueCertificate
 from pipeline.compute.runner import BlockRecord, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.config import EngineName, Precision, Scheme
+from pipeline.config import EngineName, Precision, Scheme, Tta
 from pipeline.errors import BudgetError, ModelError, RunError
 from pipeline.plan import Plan, plan_segment
 from pipeline.store.location import Location
@@ -51,7 +51,7 @@ def verify(
     usual = scheme or Scheme()
     scheme = Scheme(
         engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
-        device=usual.device, budget_bytes=usual.budget_bytes,
+        tta=Tta(made.get("tta", usual.tta)), device=usual.device, budget_bytes=usual.budget_bytes,
     )  # fmt: skip
     plan = plan_segment(image, model=str(path), name=name, scheme=scheme)
     certificate = certify(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)
@@ -73,7 +73,7 @@ def certify(
     largest, n_affordable = _affordable(plan)
     try:
         window = tuple(n + 2 * s for n, s in zip(largest, plan.model.rule.stride, strict=True))
-        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window)
+        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window, n_turns=plan.n_turns)
     except BudgetError as error:
         log.warning("no certificate: for the reference %s", error)
         return None
@@ -135,7 +135,8 @@ def _affordable(plan: Plan) -> tuple[tuple[int, ...], int]:
     while True:
         box = tuple(-(-side // s) * s for s in rule.stride)
         window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
-        cost = (slower + 1) * tile_multiply_adds(settings, window)  # the reference, and at most as much by the engine
+        # the reference, and at most as much by the engine
+        cost = plan.n_turns * (slower + 1) * tile_multiply_adds(settings, window)
         if cost <= spare or box == rule.stride:
             return box, max(1, min(N_BOXES, int(spare // cost)))
         side //= 2
