@@ -27,6 +27,7 @@ import pipeline.archive as archives
 from flows.parameters import (
     ArchivePath,
     AtOnce,
+    Augmentation,
     Budget,
     BudgetHours,
     Cluster,
@@ -51,7 +52,7 @@ from pipeline.archive import Archive, Scan, Survey
 from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.runner import cause_of
-from pipeline.config import Precision
+from pipeline.config import Precision, Tta
 from pipeline.errors import ClusterError, GivenUpError, PipelineError, TakenError
 from pipeline.scans.backend import open_scan
 from pipeline.segment import Segmented
@@ -100,13 +101,16 @@ def segment_archive(
     images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = None,
     budget_bytes: Budget = None, limit: Limit = None, budget_hours: BudgetHours = None,
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
-    precision: Numbers = Precision.FLOAT32,
+    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE,
 ) -> State[Any]:
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""
-    settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes, "precision": precision}
+    settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes}
+    settings |= {"precision": precision, "tta": tta}
     deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
     try:
-        what = Archive(archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority), precision)
+        what = Archive(
+            archive, model_path(model), pattern, name, images, truth, settle_s, tuple(priority), precision, tta
+        )
         check_paths(archive, what.model, images)
         check_cluster(cluster)
         with pausable(), logged(), _shown_at_the_end(Table(what, survey_stage(what))) as table:

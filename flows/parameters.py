@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config import Precision
+from pipeline.config import Precision, Tta
 
 ScanPath = Annotated[str, Field(description="Path or URL of the scan, or of an image that was ingested before")]
 ImagePath = Annotated[str, Field(description="Path or URL of the OME-Zarr image to make, ending in .zarr")]
@@ -26,6 +26,10 @@ Budget = Annotated[
 ]
 Numbers = Annotated[
     Precision, Field(description="What the network computes in; on a GPU tf32 is 3 to 7 times as fast as float32")
+]
+Augmentation = Annotated[
+    Tta,
+    Field(description="Mean over flips of the scan, 4 times the work in 2-D and 8 in 3-D; rotations: twice as many"),
 ]
 Shard = Annotated[
     tuple[int, ...] | None, Field(description="Voxels that are written whole, along each axis; by the scan's size")

@@ -37,6 +37,7 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
         ("work", f"{plan.n_units:,} {how}"),
         ("workers", workers if n_workers else "those of the cluster"),
         ("engine", f"{plan.engine}, {plan.precision}, on {plan.device}"),
+        ("test-time augmentation", plan.tta.value + (f", {plan.n_turns} passes" if plan.n_turns > 1 else "")),
         ("multiply-adds", quantity(plan.multiply_adds)),
         ("of these for the halo", f"{1 - 1 / plan.halo_tax:.0%}"),
         ("memory of a worker", f"{n_bytes(plan.peak_bytes)} of {n_bytes(plan.budget_bytes)}"),

@@ -14,6 +14,7 @@ from prefect.events import emit_event
 from prefect.states import Cancelled
 
 from flows.parameters import (
+    Augmentation,
     Budget,
     Cluster,
     ImagePath,
@@ -36,7 +37,7 @@ from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, device_at, open_runner
 from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import UNCOUNTED_WORKERS, Precision, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, Precision, Scheme, Tta
 from pipeline.errors import GivenUpError, InputError, PipelineError, QuarantineError, TakenError
 from pipeline.evaluate import Evaluated, evaluate
 from pipeline.ingest import ingest
@@ -80,7 +81,7 @@ def _warn_of(retries: Retries) -> None:
 @stage("segment")
 def segment_stage(
     image: str, *, model: str, name: str, cluster: str, workers: int | None, budget_bytes: int | None,
-    precision: Precision,
+    precision: Precision, tta: Tta,
 ) -> Segmented:
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
@@ -89,7 +90,7 @@ def segment_stage(
     n_workers, gpus = UNCOUNTED_WORKERS, tuple[str, ...]()
     if cluster == "local":
         n_workers, gpus = workers_here(device, asked=workers, usual=LOCAL_WORKERS)
-    scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, n_workers=n_workers)
+    scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, tta=tta, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     if n_missing and asked_later:
@@ -154,7 +155,7 @@ def report_stage(image: str, result: Segmented, *, figures: Figures | None, caus
 def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
     cluster: Cluster = "local", workers: Workers = None, budget_bytes: Budget = None, shard: Shard = None,
-    precision: Numbers = Precision.FLOAT32,
+    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE,
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
@@ -168,7 +169,7 @@ def segment_scan(
             path, copied = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes,
-                precision=precision,
+                precision=precision, tta=tta,
             )  # fmt: skip
             result = replace(result, retries=result.retries.after("ingest", copied))
             figures, cause = _evaluated(str(result.result.location), truth)

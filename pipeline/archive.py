@@ -12,11 +12,11 @@ from pathlib import PurePosixPath
 from posixpath import normpath
 from time import time
 
-from pipeline.config import Precision
+from pipeline.config import Precision, Tta
 from pipeline.errors import ArgumentError, PipelineError, ScanError
 from pipeline.identity import stamps
 from pipeline.listing import changed_s, pattern_of, walk
-from pipeline.provenance import fingerprint
+from pipeline.provenance import differing, fingerprint
 from pipeline.scans.registry import check_on_disk, format_of, is_remote_file
 from pipeline.segment import image_beside
 from pipeline.store.image import read_image
@@ -57,7 +57,7 @@ class Archive:
     truth : where a scan's truth lies, "{stem}-truth.tif" or "truth/{name}", from the scan's folder; None: there is none
     settle_s : a scan that was changed less long ago is still being copied
     priority : globs; scans of the first one go first, and so on; then the oldest
-    precision : in which results are made; those of another are not done
+    precision, tta : with which results are made; those of another are not done
     """
 
     root: str
@@ -69,6 +69,7 @@ class Archive:
     settle_s: float = 60.0
     priority: tuple[str, ...] = ()
     precision: Precision = Precision.FLOAT32
+    tta: Tta = Tta.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +226,10 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str, scaling: Scaling)
         return replace(scan, state=State.BLOCKED, detail=detail)
     if image is not None and image.statistics:
         made = read_result(location, archive.name)
-        now = fingerprint(image, model_sha256, archive.precision, scaling=scaling)
-        if made is not None and made.fingerprint != now:
-            kind, same_model = made.location.parent.name, made.fingerprint | {"precision": now["precision"]} == now
-            what = "in another precision" if same_model else "of another model"
-            detail = f"{kind} {archive.name} are {what}; choose another name or delete {made.location}"
+        now = fingerprint(image, model_sha256, archive.precision, tta=archive.tta, scaling=scaling)
+        if made is not None and (other := differing(made.fingerprint, now)):
+            kind = made.location.parent.name
+            detail = f"{kind} {archive.name} are of another {other}; choose another name or delete {made.location}"
             return replace(scan, state=State.BLOCKED, detail=detail)
         if made is not None and is_published(made):
             scan, is_due = replace(scan, n_voxels=prod(image.spatial_shape)), made.report_due
@@ -240,8 +240,7 @@ def _state_of(scan: Scan, archive: Archive, model_sha256: str, scaling: Scaling)
     if is_due:
         return replace(scan, state=State.UNREPORTED, detail="its labels are published, its report is not made yet")
     scan = replace(scan, changed_s=changed_s(Location(scan.path)) or scan.changed_s)
-    age_s = time() - scan.changed_s
-    if age_s < archive.settle_s:
+    if (age_s := time() - scan.changed_s) < archive.settle_s:
         return replace(scan, state=State.GROWING, detail=f"changed {max(0, age_s):.0f} s ago")
     return replace(scan, state=State.NEW if image is None else State.UNFINISHED)
 

@@ -186,6 +186,10 @@ def _add_plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--engine", default="auto", choices=("auto", "reference", "fused"), help="what runs the network")
     verb.add_argument("--precision", default="float32", choices=("float32", "bf16", "fp16", "tf32"))
+    verb.add_argument(
+        "--tta", default="none", choices=("none", "flips", "rotations"),
+        help="mean over the flipped scan, 4 or 8 times the work in 2-D or 3-D; rotations: twice as many",
+    )  # fmt: skip
 
 
 def _add_verify(verb: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
-from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme
+from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme, Tta
 from pipeline.console import STDERR, bars
 from pipeline.errors import ArgumentError
 
@@ -179,7 +179,7 @@ def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # 
 def _scheme_of(args: Namespace) -> Scheme:
     return Scheme(
         engine=None if args.engine == "auto" else EngineName(args.engine),
-        precision=Precision(args.precision), tile=args.tile, slab=args.slab, column=args.column,
+        precision=Precision(args.precision), tta=Tta(args.tta), tile=args.tile, slab=args.slab, column=args.column,
         budget_bytes=args.budget, **_sharing(args, _device(args)),
     )  # fmt: skip
 
@@ -221,7 +221,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
         "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
         "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
         "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes, "workers": what.n_workers,
-        "device": what.device, "engine": what.engine.value, "precision": what.precision.value,
+        "device": what.device, "engine": what.engine.value, "precision": what.precision.value, "tta": what.tta.value,
         "normalisation": what.model.normalisation.value, "limits": [list(pair) for pair in what.model.limits],
     }  # fmt: skip
 

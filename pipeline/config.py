@@ -38,14 +38,29 @@ class Precision(StrEnum):
         return 2 if self in (Precision.BF16, Precision.FP16) else 4
 
 
+class Tta(StrEnum):
+    """Test-time augmentation: a result is the mean of what a network says of a scan that is turned in several ways."""
+
+    NONE = "none"
+    FLIPS = "flips"  # along every axis: 4 ways in 2-D, 8 in 3-D
+    ROTATIONS = "rotations"  # and by a quarter turn in the plane of y and x: 8 ways in 2-D, 16 in 3-D
+
+    def n_turns(self, dims: int) -> int:
+        """Return in how many ways a network of so many axes sees a scan."""
+        if self is Tta.NONE:
+            return 1
+        return 1 << (dims + (self is Tta.ROTATIONS))
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a run is to compute; nothing of it but the precision changes the labels.
+    """How a run is to compute; nothing of it but precision and test-time augmentation changes the labels.
 
     Attributes
     ----------
     engine : what runs the network; None takes the fastest
     precision : of weights and activations
+    tta : test-time augmentation
     device : "cpu" or "cuda"
     tile : run by overlapping tiles of this shape along the network's own axes, twice the halo and a multiple of the
         stride; one number for all
@@ -58,6 +73,7 @@ class Scheme:
 
     engine: EngineName | None = None
     precision: Precision = Precision.FLOAT32
+    tta: Tta = Tta.NONE
     device: str = "cpu"
     tile: tuple[int, ...] | None = None
     slab: int | None = None

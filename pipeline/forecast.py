@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipeline.plan import Plan, streaming_of
 from pipeline.unet.calibrate import rows_per_s
-from pipeline.unet.engines import make_engine
 from pipeline.unet.model import build_unet
+from pipeline.unet.turns import engines_of
 
 
 def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
@@ -13,11 +13,13 @@ def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
     if plan.columns is None:
         return None
     columns, slices = plan.columns, len(plan.grid.shape) - plan.model.settings.dims
-    engine = make_engine(
-        build_unet(plan.model, "cpu"), device=plan.device, precision=plan.precision, first=columns.axis - slices
-    )
+    engines = engines_of(
+        build_unet(plan.model, "cpu"), plan.tta, device=plan.device, precision=plan.precision,
+        first=columns.axis - slices,
+    )  # fmt: skip
     cross = tuple(n for at, n in enumerate(columns.part_shape) if at >= slices and at != columns.axis)
-    rate = rows_per_s(engine, cross=cross, slab=columns.slab, seconds=seconds)
-    streaming = streaming_of(plan.image, plan.model, plan.grid, 1, precision=plan.precision, device=plan.device)
+    rate = rows_per_s(*engines, cross=cross, slab=columns.slab, seconds=seconds)
+    streaming = streaming_of(plan.image, plan.model, plan.grid, 1, precision=plan.precision,
+                             tta=plan.tta, device=plan.device)
     at_once = plan.n_workers if plan.device == "cuda" else 1  # here one process has all cores, and one GPU
     return plan.multiply_adds / (at_once * rate * streaming.multiply_adds_per_row(columns))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from pipeline.config import EngineName, Precision, Scheme
+from pipeline.config import EngineName, Precision, Scheme, Tta
 from pipeline.errors import ArgumentError, BudgetError, ModelError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.tiles import TileRule
@@ -20,12 +20,13 @@ from pipeline.store.location import Location
 from pipeline.store.probabilities import Probabilities, check_same_probabilities
 from pipeline.store.results import Result, check_same_result
 from pipeline.unet.columns import Columns, Streaming
-from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds
-from pipeline.unet.families import why_not_streamed
+from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds, weight_bytes
+from pipeline.unet.families import chain_of, why_not_streamed
 from pipeline.unet.foreign.network import ForeignSettings, scheme_for
 from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import Head, UNetSettings
+from pipeline.unet.turns import check_turns
 from pipeline.voxel_size import warn_of_voxel_size
 from pipeline.works.blocks import Outputs, SegmentBlocks
 from pipeline.works.columns import SegmentColumns
@@ -50,7 +51,7 @@ class Plan:
     n_units : columns, or tiles
     peak_bytes : activations, weights and buffers of one worker, without the interpreter and its libraries
     multiply_adds : multiplications of the whole run
-    halo_tax : those, in units of one pass over the scan without any halo
+    halo_tax : those, in units of one pass over the scan, or as many as it is turned, without any halo
     bytes_read : uncompressed, halos counted each time they are read
     n_workers : among which it is shared out
     """
@@ -67,6 +68,7 @@ class Plan:
     device: str
     engine: EngineName
     precision: Precision
+    tta: Tta
     n_units: int
     peak_bytes: int
     budget_bytes: int
@@ -82,6 +84,11 @@ class Plan:
         assert isinstance(self.result, Labels)
         return self.result
 
+    @property
+    def n_turns(self) -> int:
+        """In how many ways the network sees the scan."""
+        return self.tta.n_turns(self.model.settings.dims)
+
     def done(self) -> set[int]:
         """Return the blocks whose every output exists, as the stores say now."""
         done = done_shards(self.result.location / "0", self.grid)
@@ -94,7 +101,7 @@ class Plan:
         result, probabilities = self.result.location / "0", likely.location / "0" if likely else None
         outputs = Outputs(
             self.image.location, self.model_path, self.model.digest, result if has_classes else None,
-            probabilities if has_classes else result, self.grid, self.device, self.engine, self.precision,
+            probabilities if has_classes else result, self.grid, self.device, self.engine, self.precision, self.tta,
         )  # fmt: skip
         if self.columns is None:
             return SegmentBlocks(outputs, self.tile_shape)
@@ -122,6 +129,7 @@ def plan_segment(
     check_fit(network, n_spatial=len(of.spatial_shape), n_channels=of.n_channels, path=model)
     network.windows(of)  # refuses an image that it does not fit
     warn_of_voxel_size(of, network)
+    check_turns(network.settings, scheme.tta)
     slices = len(of.spatial_shape) - network.settings.dims
     rule = _over(network, slices)
     layout = same_layout(of, rule.stride)
@@ -133,13 +141,13 @@ def plan_segment(
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
         raise ArgumentError(f"a streamed network must be one of ours, got {why}; leave --slab and --column out")
-    bare = bare_multiply_adds(network.settings, of.spatial_shape)
+    bare = bare_multiply_adds(network.settings, of.spatial_shape, tta=scheme.tta)
     scheme = replace(scheme, n_workers=scheme.shared(bare))
     how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
     return Plan(
         of, network, model, result, likely, rule, grid, columns, tile_shape, scheme.device, scheme.taken,
-        scheme.precision, n_units, peak, scheme.bound_bytes, multiply_adds,
+        scheme.precision, scheme.tta, n_units, peak, scheme.bound_bytes, multiply_adds,
         multiply_adds / bare, read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
         scheme.n_workers,
     )  # fmt: skip
@@ -153,11 +161,11 @@ def _over(model: Model, slices: int) -> TileRule:
 _Counted = tuple[Columns | None, tuple[int, ...], int, int, int, int]
 
 
-def _streamed(
-    image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int
-) -> _Counted:
+def _streamed(image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int) -> _Counted:
     """Return the columns, how many there are, bytes of a worker, multiplications, and voxels read."""
-    streaming = streaming_of(image, model, grid, output_bytes, precision=scheme.precision, device=scheme.device)
+    streaming = streaming_of(
+        image, model, grid, output_bytes, precision=scheme.precision, tta=scheme.tta, device=scheme.device
+    )
     columns, cost = streaming.choose(
         budget_bytes=scheme.bound_bytes, n_workers=scheme.n_workers, slab=scheme.slab, blocks=scheme.column
     )
@@ -165,26 +173,29 @@ def _streamed(
 
 
 def streaming_of(
-    image: Image, model: Model, grid: BlockGrid, output_bytes: int, *, precision: Precision, device: str
+    image: Image, model: Model, grid: BlockGrid, output_bytes: int, *, precision: Precision, tta: Tta, device: str
 ) -> Streaming:
     """Return what columns are chosen for."""
     return Streaming(
         model.unet, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
-        precision.itemsize, device,
+        precision.itemsize, device, tta.n_turns(model.unet.dims),
     )  # fmt: skip
 
 
-def _tiled(
-    image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int
-) -> _Counted:
+def _tiled(image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int) -> _Counted:
     """Return the tile, how many there are, bytes of a worker, multiplications, and voxels read."""
     slices = len(grid.shape) - model.settings.dims
     rule = _over(model, slices)
+    n_turns = scheme.tta.n_turns(model.settings.dims)
     buffers = _buffer_bytes(grid, image, output_bytes)
-    tile = _tile(model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers)
-    activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]))
+    if n_turns > 1 and scheme.taken is not EngineName.REFERENCE:
+        buffers += weight_bytes(chain_of(model.unet), itemsize=scheme.precision.itemsize, n_turns=n_turns)
+    tile = _tile(
+        model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers, n_turns=n_turns
+    )
+    activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]), n_turns=n_turns)
     n_tiles, multiply_adds, read = _counts(grid, rule, rule.core_shape(tile), model.settings)
-    return None, tile, n_tiles, buffers + activations, multiply_adds, read
+    return None, tile, n_tiles, buffers + activations, n_turns * multiply_adds, read
 
 
 def _output_bytes(model: Model, *, probabilities: bool) -> int:
@@ -217,14 +228,16 @@ def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> No
 
 
 def _tile(
-    model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int
+    model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int, n_turns: int
 ) -> tuple[int, ...]:
     """Return the tile along the image's spatial axes; of a volume a 2-D network takes as many slices as fit at once."""
     if tile is None:
-        shape = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:])
+        shape = choose_tile(
+            model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:], n_turns=n_turns
+        )
     else:
         shape = _within_block(model, given_tile(model, tile), grid.core_shape[slices:])
-        if (needed := peak_bytes(model.settings, shape)) > budget_bytes:
+        if (needed := peak_bytes(model.settings, shape, n_turns=n_turns)) > budget_bytes:
             raise BudgetError(
                 f"the tile must fit the budget, got {needed:,} bytes for tile {shape} where {max(0, budget_bytes):,} "
                 "are left; use a smaller tile or raise --budget"
@@ -232,7 +245,9 @@ def _tile(
     if not slices:
         return shape
     n = 1
-    while 2 * n <= grid.core_shape[0] and peak_bytes(model.settings, shape, n_slices=2 * n) <= budget_bytes:
+    while 2 * n <= grid.core_shape[0] and (
+        peak_bytes(model.settings, shape, n_slices=2 * n, n_turns=n_turns) <= budget_bytes
+    ):
         n *= 2
     return (n, *shape)
 

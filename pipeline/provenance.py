@@ -7,7 +7,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.config import Precision, Scheme
+from pipeline.config import Precision, Scheme, Tta
 from pipeline.store.arrays import Layout
 from pipeline.store.image import Image
 from pipeline.store.labels import Labels, label_location
@@ -27,7 +27,7 @@ def result_of(image: Image, model: Model, path: str, *, name: str, layout: Layou
     path : of the model
     """
     axes = image.axes.removeprefix("c")
-    same = fingerprint(image, model.digest, scheme.precision, scaling=model.scaling)
+    same = fingerprint(image, model.digest, scheme.precision, tta=scheme.tta, scaling=model.scaling)
     made = provenance(image, model, path, scheme)
     if model.settings.head is Head.LINEAR:
         location = prediction_location(image.location, name)
@@ -36,7 +36,9 @@ def result_of(image: Image, model: Model, path: str, *, name: str, layout: Layou
     return Labels(location, axes, "uint8", layout, image.levels, same, model.classes, model.class_values, made)
 
 
-def fingerprint(image: Image, model_sha256: str, precision: Precision, *, scaling: Scaling) -> dict[str, Any]:
+def fingerprint(
+    image: Image, model_sha256: str, precision: Precision, *, tta: Tta, scaling: Scaling
+) -> dict[str, Any]:
     """Return what must be the same for two runs to be one: labels that have it are of this image and this model.
 
     Statistics of slices are part of it where the model's scaling goes by them: they may have been added since.
@@ -44,7 +46,14 @@ def fingerprint(image: Image, model_sha256: str, precision: Precision, *, scalin
     content = [image.spatial_shape, image.dtype, [each.to_json() for each in image.statistics]]
     content += [image.slices_sha256] if scaling.is_slicewise and image.has_slices else []
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"image": digest, "model": model_sha256, "precision": precision.value}
+    turned = {} if tta is Tta.NONE else {"tta": tta.value}  # as those are that were made before there was one
+    return {"image": digest, "model": model_sha256, "precision": precision.value} | turned
+
+
+def differing(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return in which settings two fingerprints differ, "model" where not in these alone; empty if in nothing."""
+    keys = {key for key, _ in was.items() ^ now.items()}
+    return " and ".join(sorted(keys)) if keys <= {"precision", "tta"} else "model"
 
 
 def provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[st
         "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
         "network": model.settings.to_json(), "normalisation": model.normalisation.value,
         "limits": model.limits,
-        "engine": scheme.taken.value, "precision": scheme.precision.value,
+        "engine": scheme.taken.value, "precision": scheme.precision.value, "tta": scheme.tta.value,
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
         "versions": {package: version(package) for package in ("haloseg", "torch", "zarr", "numpy")},
     }  # fmt: skip

@@ -7,7 +7,7 @@ import logging
 from pipeline.certificate import Certificate, ValueCertificate
 from pipeline.compute.runner import BlockRecord, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.config import EngineName, Precision, Scheme
+from pipeline.config import EngineName, Precision, Scheme, Tta
 from pipeline.errors import BudgetError, ModelError, RunError
 from pipeline.plan import Plan, plan_segment
 from pipeline.store.location import Location
@@ -54,7 +54,7 @@ def plan_verify(image: str, *, name: str, model: str | None = None, scheme: Sche
     usual = scheme or Scheme()
     scheme = Scheme(
         engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
-        device=usual.device, budget_bytes=usual.budget_bytes,
+        tta=Tta(made.get("tta", usual.tta)), device=usual.device, budget_bytes=usual.budget_bytes,
     )  # fmt: skip
     return plan_segment(image, model=str(path), name=name, scheme=scheme)
 
@@ -89,7 +89,7 @@ def certify(
     largest, n_affordable = _affordable(plan)
     try:
         window = tuple(n + 2 * s for n, s in zip(largest, plan.model.rule.stride, strict=True))
-        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window)
+        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window, n_turns=plan.n_turns)
     except BudgetError as error:
         log.warning("no certificate: for the reference %s", error)
         return None
@@ -166,4 +166,4 @@ def _multiply_adds(plan: Plan, box: tuple[int, ...]) -> int:
     """Return the multiplications of the reference for a box, along the network's axes."""
     rule = plan.model.rule
     window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
-    return tile_multiply_adds(plan.model.settings, window)
+    return plan.n_turns * tile_multiply_adds(plan.model.settings, window)

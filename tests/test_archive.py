@@ -137,7 +137,7 @@ def test_labels_of_another_model_are_left_and_told(home):
     segmented(scan.path, scan.image, archive)
     (scan,) = survey(replace(archive, precision=Precision.BF16)).scans
     assert scan.state is State.BLOCKED
-    assert scan.detail.startswith("labels classes are in another precision; choose another name or delete ")
+    assert scan.detail.startswith("labels classes are of another precision; choose another name or delete ")
     model_file(home / "model.safetensors", seed=1)
     (scan,) = survey(archive).scans
     assert scan.state is State.BLOCKED

@@ -13,7 +13,7 @@ from pipeline.store.location import Location
 from pipeline.store.scaling import Window
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.model import Model, build, load_model, save_model
-from pipeline.unet.network import UNet
+from pipeline.unet.network import UNet, probabilities_of
 from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 
 
@@ -75,7 +75,7 @@ def whole_scan(voxels, model_path, statistics):
     network = build(model, "cpu")
     with torch.inference_mode():
         mirrored = torch.from_numpy(np.pad(scaled, pad, mode="reflect").astype(np.float32))
-        likely = network.probabilities(network(mirrored[None]))[0].numpy()
+        likely = probabilities_of(network(mirrored[None]), model.settings.head)[0].numpy()
     keep = tuple(slice(t, t + n) for n, t in zip(voxels.shape[1:], rule.trim, strict=True))
     return likely[(slice(None), *keep)]
 

@@ -12,16 +12,18 @@ from pipeline.unet.numbers import exactly
 from pipeline.unet.streaming import Stream
 
 
-def rows_per_s(engine: Engine, *, cross: tuple[int, ...], slab: int, seconds: float) -> float:
+def rows_per_s(*engines: Engine, cross: tuple[int, ...], slab: int, seconds: float) -> float:
     """Return the rows per second of a stream with this cross-section, once it is under way.
 
     Parameters
     ----------
+    engines : which run side by side on the same voxels
     cross : voxels of the core along the axes that are not streamed
     seconds : how long to measure, at least two slabs
     """
     keep_freed_memory()
-    stream = Stream(engine, cross=tuple((0, n) for n in cross), slab=slab)
+    engine = engines[0]
+    stream = Stream(*engines, cross=tuple((0, n) for n in cross), slab=slab)
     across = [stop - start for start, stop in stream.cross]
     x = torch.randn((1, engine.settings.in_channels, slab, *across), device=engine.device)
     x = x.to(engine.dtype).contiguous(memory_format=engine.memory_format)

@@ -64,7 +64,7 @@ class ColumnPredictor:
 
     Parameters
     ----------
-    engine : its first axis is the streamed one
+    engines : their first axis is the streamed one; of several, with the same settings, the probabilities are averaged
     windows : of each channel of the scan; the network sees ``(intensity - offset) * scale`` within limits, in float32
     slab : rows that enter at once
     target_windows : of a linear head, as the model has them
@@ -72,14 +72,15 @@ class ColumnPredictor:
     """
 
     def __init__(
-        self, engine: Engine, *, windows: Windows, slab: int, target_windows: Pairs = (), n_ahead: int | None = None
+        self, *engines: Engine, windows: Windows, slab: int, target_windows: Pairs = (), n_ahead: int | None = None
     ) -> None:
+        engine = engines[0]
         settings = engine.settings
         if len(windows) != settings.in_channels:
             raise ArgumentError(
                 f"a predictor needs {settings.in_channels} windows, got {len(windows)}; give the model's own"
             )
-        self.engine, self.windows, self.slab = engine, windows, slab
+        self.engines, self.engine, self.windows, self.slab = engines, engine, windows, slab
         self.readout = Readout(settings.head, target_windows)
         self._n_ahead = int(engine.device.type == "cuda") if n_ahead is None else n_ahead
 
@@ -94,7 +95,7 @@ class ColumnPredictor:
         """
         slices = core.ndim - self.engine.dims
         axis, *across = (slices + each for each in self.engine.order)
-        stream = Stream(self.engine, cross=tuple((core.start[a], core.stop[a]) for a in across), slab=self.slab)
+        stream = Stream(*self.engines, cross=tuple((core.start[a], core.stop[a]) for a in across), slab=self.slab)
         boxes = []
         for rows in stream.slabs(core.start[axis], core.stop[axis]):
             spans = dict(zip((axis, *across), (rows, *stream.cross), strict=True))

@@ -81,6 +81,7 @@ class Streaming:
     voxel_bytes : of the image, all channels
     output_bytes : of the results, per voxel
     itemsize : bytes of an activation
+    n_turns : of test-time augmentation, each a stream of its own beside the others
     """
 
     settings: UNetSettings
@@ -90,6 +91,7 @@ class Streaming:
     output_bytes: int
     itemsize: int
     device: str
+    n_turns: int = 1
 
     @property
     def n_slice_axes(self) -> int:
@@ -226,7 +228,7 @@ class Streaming:
     def _calls(self, columns: Columns, shape: tuple[int, ...]) -> int:
         """Return how often the layers of one column of this shape are called."""
         of = zip(shape, columns.part_shape, strict=True)
-        return len(chain_of(self.settings)) * prod(
+        return self.n_turns * len(chain_of(self.settings)) * prod(
             ceil(size / (columns.slab if at == columns.axis else part)) for at, (size, part) in enumerate(of)
         )
 
@@ -243,7 +245,8 @@ class Streaming:
                 cuts = [min(part, size - start) for start in range(0, size, part)]
                 lengths.append([sum(each) for each in zip(*(cross_made(chain, n, along) for n in cuts), strict=True)])
         made = zip(chain, zip(*lengths, strict=True), strict=True)
-        return sum(multiply_adds(layer, self.settings) * prod(extent) for layer, extent in made)
+        once: int = sum(multiply_adds(layer, self.settings) * prod(extent) for layer, extent in made)
+        return self.n_turns * once
 
     def peak_bytes(self, columns: Columns) -> int:
         """Return the bytes of one worker: line buffers, waiting skips, the layer at work, voxels and results."""
@@ -253,8 +256,9 @@ class Streaming:
         chain = chain_of(self.settings)
         cross = tuple((0, part[slices + at]) for at in order[1:])
         schedule = schedule_of(chain, cross, in_channels=self.settings.in_channels, order=order, slab=columns.slab)
-        network = stream_bytes(schedule, itemsize=self.itemsize)
-        return network + weight_bytes(chain, itemsize=self.itemsize) + self._buffer_bytes(columns, chain)
+        network = stream_bytes(schedule, itemsize=self.itemsize, n_streams=self.n_turns)
+        weights = weight_bytes(chain, itemsize=self.itemsize, n_turns=self.n_turns)
+        return network + weights + self._buffer_bytes(columns, chain)
 
     def _buffer_bytes(self, columns: Columns, chain: Chain) -> int:
         """Return the bytes of voxels that were read and of results that are not written yet."""

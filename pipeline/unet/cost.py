@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
+from pipeline.config import Tta
 from pipeline.unet.families import chain_of
 from pipeline.unet.foreign.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
 from pipeline.unet.foreign.network import ForeignSettings
@@ -13,17 +14,23 @@ from pipeline.unet.schedule import Schedule
 from pipeline.unet.settings import UNetSettings
 
 ALLOCATOR = 1.08
+_FLOAT = 4
 
 
-def bare_multiply_adds(settings: UNetSettings | ForeignSettings, shape: tuple[int, ...]) -> int:
-    """Return the multiplications of one pass over a scan of this shape without any halo: the least there can be.
+def bare_multiply_adds(
+    settings: UNetSettings | ForeignSettings, shape: tuple[int, ...], *, tta: Tta = Tta.NONE
+) -> int:
+    """Return the multiplications of a pass over a scan of this shape without any halo, for each of its turns.
+
+    These are the least there can be.
 
     ``shape`` may have one axis more in front than the network: slices, one pass each.
     """
+    n_turns = tta.n_turns(settings.dims)
     if isinstance(settings, ForeignSettings):
-        return foreign_bare_multiply_adds(settings, shape)
+        return n_turns * foreign_bare_multiply_adds(settings, shape)
     slices, inner = prod(shape[: len(shape) - settings.dims]), shape[len(shape) - settings.dims :]
-    return slices * sum(
+    return n_turns * slices * sum(
         multiply_adds(layer, settings) * prod(-(-n // scale) for n, scale in zip(inner, layer.scale, strict=True))
         for layer in chain_of(settings)
     )
@@ -38,13 +45,14 @@ def tile_multiply_adds(settings: UNetSettings | ForeignSettings, tile_shape: tup
     return sum(multiply_adds(layer, settings) * prod(shape) for layer, shape in made)
 
 
-def weight_bytes(chain: Chain, *, itemsize: int) -> int:
-    """Return the bytes of the weights, in float32 from the file and twice as the kernels want them."""
-    return sum(map(n_weights, chain)) * (4 + 2 * itemsize)
+def weight_bytes(chain: Chain, *, itemsize: int, n_turns: int = 1) -> int:
+    """Return the bytes of the weights, in float32 from the file and twice as the kernels want them, of every turn."""
+    turned = 4 if n_turns > 1 else 0
+    return sum(map(n_weights, chain)) * (4 + turned + 2 * itemsize * n_turns)
 
 
-def stream_bytes(schedule: Schedule, *, itemsize: int) -> int:
-    """Return the bytes of what a stream keeps between slabs, and of what its layers make of one.
+def stream_bytes(schedule: Schedule, *, itemsize: int, n_streams: int = 1) -> int:
+    """Return the bytes of what streams keep between slabs, and of what the layers of one at a time make of one.
 
     The allocator's share is in it: what the heap grew to was 0.86 to 1.11 times this, of 10 networks measured.
     """
@@ -53,8 +61,9 @@ def stream_bytes(schedule: Schedule, *, itemsize: int) -> int:
         for tensor, ring in schedule.rings.items()
     )
     kept += sum(n_rows * schedule.row_size(at) for at, n_rows in enumerate(schedule.kept) if n_rows)
-    kept += max(map(schedule.taken_size, range(len(schedule.chain))))
-    return int(ALLOCATOR * (kept + _passing_size(schedule)) * itemsize)
+    bench = max(map(schedule.taken_size, range(len(schedule.chain))))
+    means = 2 * _FLOAT * schedule.slab_size(len(schedule.chain)) if n_streams > 1 else 0
+    return int(ALLOCATOR * ((n_streams * kept + bench + _passing_size(schedule)) * itemsize + means))
 
 
 def _passing_size(schedule: Schedule) -> int:

@@ -31,18 +31,24 @@ BRANCHING = 2.0
 _FLOAT = 4
 
 
-def peak_bytes(settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1) -> int:
+def peak_bytes(
+    settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1, n_turns: int = 1
+) -> int:
     """Return the bytes that one forward pass needs: weights, activations, classes, and the convolutions' workspace.
 
     Parameters
     ----------
     tile_shape : voxels that enter the network along each of its axes, halo included
     n_slices : tiles that enter at once
+    n_turns : of test-time augmentation: passes one after another, whose probabilities are added up
 
     Raises
     ------
     ArgumentError : the network does not accept such a tile.
     """
+    if n_turns > 1:
+        turned = 2 * _FLOAT * n_slices * prod(tile_shape) * (settings.in_channels + settings.n_classes)
+        return turned + peak_bytes(settings, tile_shape, n_slices=n_slices)
     if isinstance(settings, ForeignSettings):
         return foreign_peak_bytes(settings, tile_shape, n_slices=n_slices)
     for axis, size in enumerate(tile_shape):
@@ -52,7 +58,9 @@ def peak_bytes(settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, 
     return weights + int(held * _FLOAT * n_slices * _heap_floats(settings, tile_shape))
 
 
-def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...]) -> tuple[int, ...]:
+def choose_tile(
+    model: Model, *, budget_bytes: int, largest_core: tuple[int, ...], n_turns: int = 1
+) -> tuple[int, ...]:
     """Return the tile shape, halo included, that enters the fewest voxels per block and fits the budget.
 
     Parameters
@@ -68,12 +76,12 @@ def choose_tile(model: Model, *, budget_bytes: int, largest_core: tuple[int, ...
         largest_core = rule.stride  # its only tile
     for core in _by_halo_overhead(rule, largest_core):
         tile = rule.tile_shape(core)
-        if peak_bytes(model.settings, tile) <= budget_bytes:
+        if peak_bytes(model.settings, tile, n_turns=n_turns) <= budget_bytes:
             return tile
     least = rule.tile_shape(rule.stride)
+    needed = peak_bytes(model.settings, least, n_turns=n_turns)
     raise BudgetError(
-        f"the smallest tile {least} needs {peak_bytes(model.settings, least):,} bytes, got a budget of "
-        f"{max(0, budget_bytes):,}; raise --budget"
+        f"the smallest tile {least} needs {needed:,} bytes, got a budget of {max(0, budget_bytes):,}; raise --budget"
     )
 
 

@@ -21,6 +21,7 @@ from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.numbers import Pairs, exactly, normalised
 from pipeline.unet.readout import Readout
 from pipeline.unet.transfer import staged
+from pipeline.unet.turns import Mean
 
 log = logging.getLogger("haloseg")
 
@@ -45,7 +46,7 @@ class Predictor:
     """
 
     def __init__(
-        self, network: UNet | ForeignNetwork | Engine, rule: TileRule, *, windows: Windows,
+        self, network: UNet | ForeignNetwork | Engine | Mean, rule: TileRule, *, windows: Windows,
         tile_shape: tuple[int, ...], device: str, n_slices: int = 1, on_tile: Callable[[], None] = lambda: None,
         target_windows: Pairs = (),
     ) -> None:
@@ -122,7 +123,7 @@ class Predictor:
         """Fill the outputs once; returns False where the device ran out of memory."""
         largest = (self.n_slices, *self.core_shape) if rule.ndim > self.rule.ndim else self.core_shape
         try:
-            with torch.inference_mode(), exactly(tf32=isinstance(self.network, Engine) and self.network.tf32):
+            with torch.inference_mode(), exactly(tf32=isinstance(self.network, Engine | Mean) and self.network.tf32):
                 for core in rule.cores(block.shape, largest):
                     self._on_tile()
                     first = block.start[0]

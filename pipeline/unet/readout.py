@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,3 +46,30 @@ class Readout:
         if self.has_classes:
             return probabilities_of(widened(logits), self.head)
         return restored(widened(logits), self.target_windows)
+
+
+def mean(every: Iterator[Tensor], head: Head) -> Tensor | None:
+    """Return the logits of the mean of several probabilities; of one alone its logits as they are, None of none.
+
+    The mean is taken in their order, in float32 at least; of a linear head it is that of the values.
+
+    Parameters
+    ----------
+    every : logits (batch, channels, *spatial), each let go of before the next one is asked for
+    """
+    first = next(every, None)
+    second = None if first is None else next(every, None)
+    if first is None or second is None:
+        return first
+    total, n = probabilities_of(widened(first), head) + probabilities_of(widened(second), head), 2
+    del first, second
+    for logits in every:
+        total += probabilities_of(widened(logits), head)
+        n += 1
+    match head:
+        case Head.SOFTMAX:
+            return total.div_(n).log_()
+        case Head.SIGMOID:
+            return total.div_(n).logit_()
+        case Head.LINEAR:
+            return total.div_(n)

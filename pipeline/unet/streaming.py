@@ -36,6 +36,7 @@ from pipeline.unet.layers import (
     Up,
     spans,
 )
+from pipeline.unet.readout import mean
 from pipeline.unet.schedule import Taken, schedule_of
 from pipeline.unet.slabs import Part, Piece, RingBuffer, Slab, add_side_by_side, copy_side_by_side, cropped, whole
 
@@ -44,7 +45,7 @@ ReadRows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What stays between slabs.
+    """What stays between slabs, of one engine.
 
     Attributes
     ----------
@@ -53,6 +54,7 @@ class _Memory:
     bench : flat, where one layer after another puts together what it takes
     """
 
+    engine: Engine
     kept: list[Tensor]
     rings: dict[int, RingBuffer]
     bench: Tensor
@@ -63,18 +65,19 @@ class Stream:
 
     Parameters
     ----------
-    engine : whose first axis is the streamed one
+    engines : whose first axis is the streamed one; of several, with the same settings, the probabilities are averaged
     cross : the core's cross-section, one (start, stop) per remaining axis, positions in the scan
     slab : rows that enter at once, a multiple of the network's stride
     """
 
-    def __init__(self, engine: Engine, *, cross: tuple[Span, ...], slab: int) -> None:
+    def __init__(self, *engines: Engine, cross: tuple[Span, ...], slab: int) -> None:
+        engine = engines[0]
         engine.settings.check_slab(slab)
         if len(cross) != engine.dims - 1:
             raise ArgumentError(
                 f"a stream needs {engine.dims - 1} axes across it, got {len(cross)}; give all but the streamed one"
             )
-        self.engine, self.slab, self.chain = engine, slab, engine.chain
+        self.engines, self.engine, self.slab, self.chain = engines, engine, slab, engine.chain
         self.schedule = schedule_of(
             engine.chain, cross, in_channels=engine.settings.in_channels, order=engine.order, slab=slab
         )
@@ -103,16 +106,16 @@ class Stream:
         the position of the first row, and logits (batch, n_classes, rows, *the core's cross-section)
         """
         needed = spans(self.chain, (start, stop), self.schedule.axis)
-        memory, lag = self._memory(n_batch), self.schedule.lags[-1]
+        memories, lag = self._memories(n_batch), self.schedule.lags[-1]
         for step in range(needed[0][0] // self.slab, (stop - 1 - lag) // self.slab + 1):
-            logits = self._step(step, needed, memory, read)
+            logits = mean(self._logits(step, needed, memories, read), self.engine.settings.head)
             if logits is not None:
                 at = step * self.slab + lag
                 low, high = max(start, at), min(stop, at + self.slab)
                 yield low, logits.narrow(2, low - at, high - low)
 
-    def _memory(self, n_batch: int) -> _Memory:
-        """Return what stays between slabs, still zero.
+    def _memories(self, n_batch: int) -> list[_Memory]:
+        """Return what stays between slabs, for each engine, still zero.
 
         All of it is made beforehand, so that what comes and goes with each slab finds the same places free each time.
         """
@@ -122,18 +125,32 @@ class Stream:
             shape = (n_batch, plan.channels[tensor], n_rows, *(b - a for a, b in cross))
             return self.engine.empty(shape).zero_()
 
-        kept = [
-            zeros(layer.source, n_rows, under)
-            for layer, n_rows, under in zip(self.chain, plan.kept, plan.under, strict=True)
-        ]
-        rings = {at: RingBuffer(zeros(at, ring.n_rows, ring.cross), ring.cross) for at, ring in plan.rings.items()}
-        longest = n_batch * max(map(plan.taken_size, range(len(self.chain))))
-        return _Memory(kept, rings, self.engine.empty((longest, *(1,) * (self.engine.dims + 1))).flatten())
+        def kept() -> list[Tensor]:
+            every = zip(self.chain, plan.kept, plan.under, strict=True)
+            return [zeros(layer.source, n_rows, under) for layer, n_rows, under in every]
 
-    def _step(self, step: int, needed: tuple[Span, ...], memory: _Memory, read: ReadRows) -> Tensor | None:
+        def rings() -> dict[int, RingBuffer]:
+            return {at: RingBuffer(zeros(at, each.n_rows, each.cross), each.cross) for at, each in plan.rings.items()}
+
+        longest = n_batch * max(map(plan.taken_size, range(len(self.chain))))
+        bench = self.engine.empty((longest, *(1,) * (self.engine.dims + 1))).flatten()
+        return [_Memory(engine, kept(), rings(), bench) for engine in self.engines]
+
+    def _logits(
+        self, step: int, needed: tuple[Span, ...], memories: list[_Memory], read: ReadRows
+    ) -> Iterator[Tensor]:
+        """Feed one slab to every engine; yields what comes out of each, nothing if none of it is needed."""
+        entering = [self._input(step, needed[0], read)] * len(memories)
+        for memory in memories:
+            logits = self._step(step, needed, memory, entering.pop())
+            if logits is not None:
+                yield logits
+            del logits
+
+    def _step(self, step: int, needed: tuple[Span, ...], memory: _Memory, entering: Slab) -> Tensor | None:
         """Feed one slab; returns the logits that come out, None if none of them is needed."""
         plan, slabs = self.schedule, dict[int, Slab]()
-        self._put(0, self._input(step, needed[0], read), slabs, memory, step)
+        self._put(0, entering, slabs, memory, step)
         for at, layer in enumerate(self.chain):
             if isinstance(layer, Join):
                 continue
@@ -192,17 +209,17 @@ class Stream:
         inputs.clear()
         match layer:
             case Conv():
-                return self.engine.conv(at, x)
+                return memory.engine.conv(at, x)
             case Stride():
-                return self.engine.strided(at, x)
+                return memory.engine.strided(at, x)
             case Pool():
                 return self._pooled(layer, x, memory.kept[at])
             case Activate():
-                return self.engine.activated(at, x)
+                return memory.engine.activated(at, x)
             case Up():
-                x = self.engine.up(at, x)
+                x = memory.engine.up(at, x)
             case Interpolate():
-                x = self.engine.interpolated_inside(at, x)
+                x = memory.engine.interpolated_inside(at, x)
             case _:
                 raise TypeError(f"layer {layer} makes nothing")
         made = tuple(layer.makes(span, axis) for span, axis in zip(plan.under[at], plan.across, strict=True))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.compute.pulse import beat
 from pipeline.compute.runner import BlockRecord
-from pipeline.config import EngineName, Precision
+from pipeline.config import EngineName, Precision, Tta
 from pipeline.errors import RunError
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import Block, BlockGrid
@@ -25,9 +25,10 @@ from pipeline.store.location import Location, storage_errors
 from pipeline.store.reading import open_voxels
 from pipeline.store.scaling import Windows
 from pipeline.unet.device import pick_device
-from pipeline.unet.engines import keep_freed_memory, make_engine
+from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.model import Model, build, build_unet, load_model
 from pipeline.unet.predict import Predictor
+from pipeline.unet.turns import Mean, engines_of, mean_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Outputs:
     device: str
     engine: EngineName
     precision: Precision
+    tta: Tta = Tta.NONE
 
     def opened(self) -> Opened:
         """Open image, model and outputs, on a worker that has the device; freed memory is kept from now on."""
@@ -113,14 +115,20 @@ class SegmentBlocks:
         """Open image and outputs, and put the network on its device."""
         out = self.outputs
         opened = out.opened()
-        dims, fused = opened.model.settings.dims, out.engine is not EngineName.REFERENCE
+        dims = opened.model.settings.dims
         opened.predictor = Predictor(
-            make_engine(build_unet(opened.model, out.device), device=out.device, precision=out.precision)
-            if fused else build(opened.model, out.device), opened.model.rule,
+            self._network(opened.model), opened.model.rule,
             windows=opened.windows, device=out.device, tile_shape=self.tile_shape[-dims:],
             n_slices=prod(self.tile_shape[:-dims]), on_tile=beat, target_windows=opened.model.target_windows,
         )  # fmt: skip
         return opened
+
+    def _network(self, model: Model) -> Mean:
+        out = self.outputs
+        if out.engine is EngineName.REFERENCE:
+            return mean_of(build(model, out.device), out.tta)
+        network = build_unet(model, out.device)
+        return Mean(engines_of(network, out.tta, device=out.device, precision=out.precision), model.settings)
 
     def run(self, state: Opened, index: int) -> BlockRecord:
         """Segment one block: read its tile, run the network, write its shard."""

@@ -19,6 +19,7 @@ from pipeline.unet.model import build
 from pipeline.unet.numbers import Pairs
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Head
+from pipeline.unet.turns import mean_of
 from pipeline.works.blocks import Opened, SegmentBlocks, peak_rss_bytes
 from pipeline.works.columns import SegmentColumns
 
@@ -80,10 +81,10 @@ class CertifyBoxes:
 
     def setup(self) -> tuple[Opened, Predictor]:
         """Open what the run has opened, and the reference."""
-        opened = self.segmenting.setup()
+        opened, out = self.segmenting.setup(), self.segmenting.outputs
         reference = Predictor(
-            build(opened.model, self.segmenting.outputs.device), opened.model.rule, windows=opened.windows,
-            tile_shape=self.tile_shape, device=self.segmenting.outputs.device, on_tile=beat,
+            mean_of(build(opened.model, out.device), out.tta), opened.model.rule, windows=opened.windows,
+            tile_shape=self.tile_shape, device=out.device, on_tile=beat,
             target_windows=opened.model.target_windows,
         )  # fmt: skip
         return opened, reference

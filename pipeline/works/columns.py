@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.compute.ahead import StageClock, WriteBehind, read_ahead
 from pipeline.compute.runner import BlockRecord
-from pipeline.config import Precision
+from pipeline.config import Precision, Tta
 from pipeline.errors import BudgetError
 from pipeline.geometry.box import Box
 from pipeline.geometry.grid import Block, BlockGrid
@@ -23,8 +23,8 @@ from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
 from pipeline.unet.device import peak_device_bytes
 from pipeline.unet.engine import Engine
-from pipeline.unet.engines import make_engine
 from pipeline.unet.model import build_unet
+from pipeline.unet.turns import engines_of
 from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
 
 log = logging.getLogger("haloseg")
@@ -46,9 +46,9 @@ class SegmentColumns:
         out = self.outputs
         opened = out.opened()
         slices = len(out.grid.shape) - opened.model.settings.dims
-        engine = _engine(out.model, out.model_sha256, out.device, out.precision, self.columns.axis - slices)
+        engines = _engines(out.model, out.model_sha256, out.device, out.precision, out.tta, self.columns.axis - slices)
         opened.predictor = ColumnPredictor(
-            engine, windows=opened.windows, slab=self.columns.slab, target_windows=opened.model.target_windows
+            *engines, windows=opened.windows, slab=self.columns.slab, target_windows=opened.model.target_windows
         )
         opened.part_shape = self.columns.part_shape
         return opened
@@ -132,9 +132,12 @@ class SegmentColumns:
 
 
 @lru_cache(maxsize=4)
-def _engine(path: str, sha256: str, device: str, precision: Precision, first: int) -> Engine:
-    """Return the engine of a model, which a worker makes once, however many scans it is used for."""
-    return make_engine(build_unet(loaded(path, sha256), "cpu"), device=device, precision=precision, first=first)
+def _engines(
+    path: str, sha256: str, device: str, precision: Precision, tta: Tta, first: int
+) -> tuple[Engine, ...]:
+    """Return the engines of a model, which a worker makes once, however many scans it is used for."""
+    network = build_unet(loaded(path, sha256), "cpu")
+    return engines_of(network, tta, device=device, precision=precision, first=first)
 
 
 @dataclass(slots=True)

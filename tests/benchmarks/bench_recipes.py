@@ -4,7 +4,9 @@ Everything goes the way of the command line: ingest, train, segment, on whole he
 the comparison what the training never sees, not even to choose its weights.
 
     python tests/benchmarks/bench_recipes.py CASE [--fold N] [--recipe NAME|TOML] [--steps N] [--minutes M] [--seed N]
-        [--precision bf16]
+        [--precision bf16] [--tta none flips rotations] [--trained FILE]
+
+--tta compares the same network by each test-time augmentation in turn; --trained takes a model that is trained already.
 
 V_rand and V_info are the foreground-restricted scores of Arganda-Carreras et al. 2015 (doi:10.3389/fnana.2015.00142),
 the best over thresholds from 0.1 to 0.9, after the borders of each slice are thinned to lines of one voxel, by a
@@ -35,7 +37,7 @@ from skimage.restoration import denoise_nl_means
 from skimage.segmentation import watershed
 
 from pipeline.compute.runner import run_serial
-from pipeline.config import Precision, Scheme
+from pipeline.config import Precision, Scheme, Tta
 from pipeline.evaluate import evaluate
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.labels.deviations import Deviations
@@ -46,6 +48,7 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
 from pipeline.train import train
+from pipeline.unet.model import load_model
 from pipeline.unet.training.borders import Separated
 from pipeline.unet.training.course import Validation
 from pipeline.unet.training.recipe import load_recipe
@@ -198,6 +201,8 @@ def main():
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--precision", type=Precision, choices=Precision, default=Precision.FLOAT32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tta", type=Tta, choices=Tta, nargs="+", default=[Tta.NONE])
+    parser.add_argument("--trained", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/recipes"))
     args = parser.parse_args()
@@ -209,7 +214,27 @@ def main():
     data.mkdir(parents=True, exist_ok=True)
     learn, check, tested = (images_of(parts, data) for parts in (learn, check, test))
     name = f"{Path(args.recipe or args.case).stem}-{args.fold}-{args.seed}"
-    model, begin = data / f"{name}.safetensors", cpu_s()
+    model, about = args.trained or data / f"{name}.safetensors", {}
+    if not args.trained:
+        about = trained(learn, check, recipe=recipe, model=model, args=args)
+    of, compare = load_model(model), compared if recipe.loss.is_of_values else score
+    for tta in args.tta:
+        found = compare(
+            args.case, tested, test, model=model, name=f"{name}-{tta}", values=of.class_values,
+            scheme=Scheme(device=args.device, tta=tta),
+        )  # fmt: skip
+        row = {
+            "case": args.case, "fold": args.fold, "seed": args.seed, "recipe": args.recipe or args.case,
+            "precision": args.precision.value, **about, "tta": tta.value, **found,
+        }  # fmt: skip
+        with (args.folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row, indent=1))
+
+
+def trained(learn, check, *, recipe, model, args):
+    """Train a network; returns what it took."""
+    begin = cpu_s()
 
     def tell(now: Validation) -> None:
         print(f"step {now.step}: {now.train_loss:.4f}, held out {now.loss:.4f}, {now.told}", flush=True)
@@ -220,21 +245,10 @@ def main():
         learn, model=str(model), recipe=recipe, held_out=check, minutes=args.minutes, seed=args.seed,
         device=args.device, on_progress=tell, **truth,
     )  # fmt: skip
-    trained_s = cpu_s() - begin
-    how = {"model": model, "name": name, "scheme": Scheme(device=args.device)}
-    if values:
-        found = compared(tested, test, **how)
-    else:
-        found = score(args.case, tested, test, values=result.model.class_values, **how)
-    row = {
-        "case": args.case, "fold": args.fold, "seed": args.seed, "recipe": args.recipe or args.case,
-        "precision": args.precision.value,
-        "steps": result.n_steps, "best_step": result.best.step, "train_cpu_s": trained_s, "train_s": result.wall_s,
-        **found,
+    return {
+        "steps": result.n_steps, "best_step": result.best.step, "train_cpu_s": cpu_s() - begin,
+        "train_s": result.wall_s,
     }  # fmt: skip
-    with (args.folder / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
 
 
 def score(case, images, parts, *, model, name, values, scheme):
@@ -258,8 +272,9 @@ def score(case, images, parts, *, model, name, values, scheme):
     return {"dice": [each.dice for each in figures.classes], "accuracy": figures.accuracy, **more}
 
 
-def compared(images, parts, *, model, name, scheme):
+def compared(_case, images, parts, *, model, name, values, scheme):
     """Return PSNR in dB before, after, and after the best of two kinds of filters, mean of all held-back pictures."""
+    assert not values
     found = {"before": [], "after": [], "gaussian": [], "nl_means": []}
     for path, part in zip(images, parts, strict=True):
         made = segment(plan_segment(path, model=str(model), name=name, scheme=scheme), run=run_serial).result

@@ -22,11 +22,11 @@ from pipeline.unet.settings import Head, Padding, UNetSettings
 def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server, tmp_path):
     voxels = scan_file(tmp_path / "scan.tif", (20, 40, 50))
     model = model_file(tmp_path / "model.safetensors")
-    settings = {"model": model, "name": "cells", "workers": 2, "precision": "bf16"}
+    settings = {"model": model, "name": "cells", "workers": 2, "precision": "bf16", "tta": "flips"}
     result, figures = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert (result.n_voxels, result.n_run) == (voxels.size, result.n_blocks)
     assert figures is None
-    assert result.labels.fingerprint["precision"] == "bf16"
+    assert (result.labels.fingerprint["precision"], result.labels.fingerprint["tta"]) == ("bf16", "flips")
 
     def about(stem, *parts):
         return Artifact.get(key=key_of(str(tmp_path / f"{stem}.zarr"), *parts))
@@ -36,6 +36,7 @@ def test_a_scan_goes_from_ingest_to_report_and_a_second_run_does_nothing(server,
     assert re.fullmatch(r"segment: (\d+) of \1 blocks, \S+ voxels/s, took \d+ s", progress.description)
     again, _ = segment_scan(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr"), **settings)
     assert again.n_run == 0
+    assert "| test-time augmentation | flips, 8 passes |" in about("scan", "cells", "plan").data
     assert f"| blocks | {again.n_blocks}, of which 0 are to be done |" in about("scan", "cells", "plan").data
     assert "| voxels | 40,000 |" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])

@@ -18,10 +18,10 @@ NETWORK = UNetSettings(dims=2, width=4, depth=2, padding=Padding.SAME, batch_nor
 SHAPE = (120, 33)
 
 
-def rows_of(net, scan, core, *, taken=None, engine=None, **about):
+def rows_of(net, scan, core, *, taken=None, engines=(), **about):
     """Return (classes, probabilities) of a core, put together; ``taken`` gets the slabs given before each result."""
-    engine = engine or make_engine(net, device="cpu")
-    predictor = ColumnPredictor(engine, windows=WINDOWS[:1], slab=16, **about)
+    engines = engines or (make_engine(net, device="cpu"),)
+    predictor = ColumnPredictor(*engines, windows=WINDOWS[:1], slab=16, **about)
     stream, boxes = predictor.stream(core)
     n_given, found = 0, []
 
@@ -69,7 +69,7 @@ def test_a_gpu_rounds_to_tf32_where_that_was_asked_for_and_nowhere_else(tf32):
     rule = closed_form_rule(NETWORK)
 
     def by_columns(engine):
-        rows_of(net, scan, core, engine=engine)
+        rows_of(net, scan, core, engines=(engine,))
 
     def by_tiles(engine):
         raw = read_mirrored(scan, core.round_up(rule.stride).grow(rule.halo))
@@ -92,7 +92,7 @@ def test_columns_on_a_gpu_give_what_the_whole_gives_on_a_cpu(dtype):
     net, scan, core = trained(NETWORK, seed=1), scan_of((600, 333), dtype=dtype), Box.whole((600, 333))
     expected = whole(net, scan, closed_form_rule(NETWORK))
     taken = []
-    classes, likely = rows_of(net, scan, core, engine=make_engine(net, device="cuda"), taken=taken)
+    classes, likely = rows_of(net, scan, core, engines=(make_engine(net, device="cuda"),), taken=taken)
     assert taken[0] > 1
     assert np.abs(likely - expected).max() <= 1e-5
     assert (classes == expected.argmax(0))[np.abs(expected[0] - expected[1]) > 2e-5].all()
