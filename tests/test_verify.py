@@ -1,13 +1,17 @@
 """Certificates: of right labels they say so, of wrong ones too, and of lower precision its difference."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from volumes import model_file, scan_file, tree_digest, whole_scan
 
 from pipeline.cli import main
 from pipeline.compute.runner import run_serial
 from pipeline.config import EngineName, Precision, Scheme
-from pipeline.errors import ModelError, StoreError
+from pipeline.errors import BudgetError, ModelError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
@@ -15,6 +19,7 @@ from pipeline.store.arrays import open_array, write_shard
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels
 from pipeline.store.location import Location
+from pipeline.unet.onednn import OneDnnEngine
 from pipeline.unet.settings import Head, Padding, UNetSettings
 from pipeline.verify import verify
 from pipeline.works.certify import sample_boxes
@@ -80,6 +85,32 @@ def test_the_difference_of_lower_precision_is_measured_and_kept(tmp_path):
     assert 0.3 < (found.n_flipped / found.n_voxels) / (n_flipped / (64 * 80)) < 3
     with pytest.raises(StoreError, match="got another precision"):
         plan_segment(image, model=model, name="x")
+
+
+@pytest.mark.parametrize("case", ["3-D same", "2-D sigmoid on slices"])
+def test_boxes_that_do_not_fit_the_device_are_computed_in_parts(tmp_path, monkeypatch, caplog, case):
+    shape, settings = CASES[case]
+    _, image, _, _ = segmented(tmp_path, shape, settings)
+    monkeypatch.setattr("pipeline.verify.LARGEST_SHARE", 1000.0)
+    compute, sizes, most = OneDnnEngine.conv, [0], math.inf
+
+    def limited(self, at, x, *, padding=()):
+        sizes.append(x.numel())
+        if x.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, at, x, padding=padding)
+
+    monkeypatch.setattr(OneDnnEngine, "conv", limited)
+    expected = verify(image, name="x", run=run_serial, n_boxes=8)
+    most = max(sizes) // 2
+    found = verify(image, name="x", run=run_serial, n_boxes=8)
+    assert "out of device memory: parts of" in caplog.text
+    assert replace(found, max_difference=0.0) == replace(expected, max_difference=0.0)
+    assert found.max_difference <= 1e-5
+    most = 1
+    rule = r"^the device needs memory for the narrowest column, got out of memory; free it"
+    with pytest.raises(BudgetError, match=rule):
+        verify(image, name="x", run=run_serial, n_boxes=1)
 
 
 def test_boxes_lie_in_the_scan_on_the_stride_with_both_corners():

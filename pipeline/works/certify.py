@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +13,14 @@ from pipeline.compute.runner import BlockRecord
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.geometry.tiles import TileRule
-from pipeline.unet.column import ColumnPredictor
+from pipeline.unet.column import ColumnPredictor, DeviceFullError
 from pipeline.unet.model import build
 from pipeline.unet.numbers import Pairs
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Head
 from pipeline.unet.turns import mean_of
 from pipeline.works.blocks import Opened, SegmentBlocks, peak_rss_bytes
-from pipeline.works.columns import SegmentColumns
+from pipeline.works.columns import SegmentColumns, parts_of
 
 TOLERANCE = 1e-5
 VALUE_TOLERANCE = 1e-4  # rounding in float32 came to 2e-5 standard deviations, bfloat16 to 1e-2
@@ -129,18 +128,28 @@ class CertifyBoxes:
 
     def _by_engine(self, opened: Opened, core: Box) -> NDArray[np.float32]:
         """Return the probabilities of a box, (n_classes, *core.shape), as the run computes them."""
-        predictor: Any = opened.predictor
-        if isinstance(predictor, ColumnPredictor):
-            stream, boxes = predictor.stream(core)
+        if isinstance(self.segmenting, SegmentColumns):
+            while True:
+                try:
+                    return self._streamed(opened, core)
+                except DeviceFullError:
+                    (part, *_) = parts_of(core, opened.part_shape)
+                    opened.part_shape = self.segmenting.smaller(part.shape)
+        tile = core.round_up(self.rule.stride).grow(self.rule.halo)
+        _, probabilities = opened.predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core)
+        return np.asarray(probabilities)
+
+    def _streamed(self, opened: Opened, core: Box) -> NDArray[np.float32]:
+        """Return the probabilities of a box by streams through its parts, which are a column's or smaller."""
+        predictor: ColumnPredictor = opened.predictor
+        likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
+        for part in parts_of(core, opened.part_shape):
+            stream, boxes = predictor.stream(part)
             slabs = (predictor.staged(read_mirrored(opened.image, box)) for box in boxes)
-            likely = np.empty((predictor.engine.settings.n_classes, *core.shape), np.float32)
-            for rows in predictor.run(core, stream, slabs, probabilities=True):
+            for rows in predictor.run(part, stream, slabs, probabilities=True):
                 beat()
                 likely[(slice(None), *rows.box.inside(core))] = rows.reals
-            return likely
-        tile = core.round_up(self.rule.stride).grow(self.rule.halo)
-        _, probabilities = predictor.segment_with_probabilities(read_mirrored(opened.image, tile), core)
-        return np.asarray(probabilities)
+        return likely
 
 
 def beyond_rounding(

@@ -64,7 +64,7 @@ class SegmentColumns:
                 try:
                     n_read += self._run_stretch(state, column, todo, clock)
                 except DeviceFullError:
-                    state.part_shape = self._smaller(state.part_shape)
+                    state.part_shape = self.smaller(state.part_shape)
                 else:
                     break
         seconds = perf_counter() - begin
@@ -91,7 +91,7 @@ class SegmentColumns:
         start, stop = list(column.start), list(column.stop)
         start[axis], stop[axis] = blocks[0].core.start[axis], blocks[-1].core.stop[axis]
         core = Box(tuple(start), tuple(stop))
-        parts = list(BlockGrid(core.shape, _at_most(state.part_shape, core.shape)))
+        parts = parts_of(core, state.part_shape)
         predictor: ColumnPredictor = state.predictor
         _, entering = predictor.stream(core)
         rows = MirroredRows(
@@ -102,8 +102,7 @@ class SegmentColumns:
             sheets = _Sheets(
                 blocks, axis=axis, core=core, has_classes=state.labels is not None, n_reals=n_reals, put=behind.put
             )
-            for each in parts:
-                part = each.core.shift(core.start)
+            for part in parts:
                 stream, boxes = predictor.stream(part)
                 voxels = (predictor.staged(_taken(rows, box, axis)) for box in boxes)
                 with read_ahead(voxels, n_ahead=SLABS_AHEAD, clock=clock) as slabs:
@@ -111,7 +110,7 @@ class SegmentColumns:
                         sheets.put(done)
         return rows.n_voxels_read
 
-    def _smaller(self, part: tuple[int, ...]) -> tuple[int, ...]:
+    def smaller(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Return a cross-section of half the width, for all that follows: a device's memory ran out."""
         cross = [at for at in range(len(part)) if at != self.columns.axis]
         widest = max(cross, key=lambda at: part[at])
@@ -212,5 +211,7 @@ def _hull(boxes: list[Box]) -> Box:
     )
 
 
-def _at_most(shape: tuple[int, ...], most: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(min(a, b) for a, b in zip(shape, most, strict=True))
+def parts_of(core: Box, part_shape: tuple[int, ...]) -> list[Box]:
+    """Return the parts of a box, of so many voxels at most, that are computed one after another."""
+    most = tuple(min(a, b) for a, b in zip(part_shape, core.shape, strict=True))
+    return [each.core.shift(core.start) for each in BlockGrid(core.shape, most)]
