@@ -70,6 +70,7 @@ class DaskRunner:
             Window(
                 self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s,
                 given_up=self.given_up, priority=self.priority, losses=self.losses,
+                uses_device=getattr(work, "uses_device", True),
             ) as window,
         ):
             return window.run(indices)

@@ -70,15 +70,16 @@ class Window:
     given_up : once set, from any thread, the run ends
     losses : tells which tasks were on a worker that died
     priority : of two runs on one cluster, the blocks of that of the higher one go first
+    uses_device : blocks go to GPU workers alone where there are any; else these are left alone where there are others
     """
 
     def __init__(
         self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float,
-        given_up: Event, losses: Losses, priority: int = 0,
+        given_up: Event, losses: Losses, priority: int = 0, uses_device: bool = True,
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
-        self._losses, self._retry_log = losses, RetryLog()
+        self._losses, self._retry_log, self._uses_device = losses, RetryLog(), uses_device
         self._in_flight: dict[Future[object], _Task] = {}
         self._finished: SimpleQueue[Future[object]] = SimpleQueue()
         self._lost: list[Future[object]] = []
@@ -133,7 +134,7 @@ class Window:
             self._submit(task)
 
     def _submit(self, task: _Task) -> None:
-        others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
+        others = self._wanted(task.avoid)
         with annotate(span=SPAN):
             future = self._client.submit(
                 ThroughGate(), self._name, task.indices, TASK_S,
@@ -143,6 +144,13 @@ class Window:
             )  # fmt: skip
         self._in_flight[future] = replace(task, others=others)
         future.add_done_callback(self._finished.put)
+
+    def _wanted(self, avoid: str) -> frozenset[str]:
+        """Return the workers that an attempt is for, and others only where these are gone; empty: any will do."""
+        others = self._workers - {avoid} if avoid else frozenset[str]()
+        if not self._mixed:
+            return others
+        return frozenset() if self._uses_device else others or self._workers  # a GPU is asked for as a resource
 
     def _next_finished(self) -> list[Future[object]]:
         """Return all attempts that have finished, as soon as there is one; none if that takes long.
@@ -258,13 +266,14 @@ class Window:
         check_quarantine(self._quarantined)
 
     def _refresh(self) -> None:
-        """Ask which workers there are now; those with a GPU alone count where there are any."""
+        """Ask which workers there are now, and which of them count; see ``uses_device``."""
         self._asked_s = now = monotonic()
         on_scheduler(self._client, forget_submits)
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         with_gpu = gpu_workers(every)
-        self._gpu = self._gpu or bool(with_gpu)
-        self._workers = with_gpu if self._gpu else frozenset(every)
+        self._gpu = self._uses_device and (self._gpu or bool(with_gpu))
+        without = frozenset(every) - with_gpu
+        self._workers = with_gpu if self._gpu else without or frozenset(every)
         self._mixed = len(self._workers) < len(every)
         self._compare()
         self._free()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,7 @@ class CertifyBoxes:
     rule : over the image's axes
     """
 
+    uses_device: ClassVar[bool] = True
     segmenting: SegmentColumns | SegmentBlocks
     boxes: tuple[Box, ...]
     tile_shape: tuple[int, ...]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ class SegmentColumns:
     computes from the first missing shard on. A column whose cross-section is computed in parts writes at its end.
     """
 
+    uses_device: ClassVar[bool] = True
     outputs: Outputs
     columns: Columns
 
