@@ -24,6 +24,7 @@ _FAILED = Counter("haloseg_blocks_failed", "Attempts at blocks that failed", ["w
 _VOXELS = Counter("haloseg_voxels", "Voxels written", ["work"])
 _SECONDS = Counter("haloseg_seconds", "Seconds of each stage; some overlap", ["work", "stage"])
 _BEATS = Counter("haloseg_beats", "Signs of life: slabs and tiles begun")
+_WRONG = Counter("haloseg_boxes_wrong", "Sampled boxes in float32 that are not the reference's beyond rounding")
 _PEAK_RSS = Gauge("haloseg_peak_rss_bytes", "Most memory that the process has had")
 _DEVICE = Gauge("haloseg_device_bytes", "Most memory of its device that the process has had")
 _mine = local()
@@ -93,3 +94,8 @@ def count_beat() -> None:
 def count_failure(*, work: str) -> None:
     """Add an attempt at a block that failed."""
     _FAILED.labels(work).inc()
+
+
+def count_wrong_box() -> None:
+    """Add a sampled box of a result in float32 that has other classes or values than rounding explains."""
+    _WRONG.inc()

@@ -16,6 +16,10 @@ from clusters import children
 from deploy_files import BIN, DEPLOY, ROOT, free_port, load, make_certificates, tls_environment, tool, until
 from queries import ALERTS, PANEL_QUERIES
 
+from pipeline.geometry.grid import BlockGrid
+from pipeline.store.arrays import open_array, write_shard
+from pipeline.store.location import Location
+
 DEMO = ROOT / "pipeline/demo"
 SHAPE, SHARD, N_BLOCKS = (96, 96, 48), 48, 4
 
@@ -155,6 +159,7 @@ def test_what_does_not_answer_and_blocks_that_fail_alarm_and_nothing_else_does(m
     kept = bytearray(shard.read_bytes())
     shard.write_bytes(bytes(each ^ 255 for each in kept[:-100]) + kept[-100:])
     assert monitored.segmented("damaged") == 1
+    shard.write_bytes(kept)
     until(lambda: monitored.alerts()["BlocksFail"] == "firing", what="the alert fires", seconds=20)
     alarmed = {name for name, state in monitored.alerts().items() if state != "inactive"}
     assert alarmed == {"BlocksFail", "PrefectIsDown", "CertificateExpires"}
@@ -168,3 +173,12 @@ def test_certificates_are_told_of_before_they_expire_as_each_process_read_them(m
     }  # fmt: skip
     told = {(each["alertname"], each["instance"]) for each, _ in monitored.series('ALERTS{alertname=~"Cert.*"}')}
     assert told == {("CertificateExpires", each) for each in monitored.workers}
+
+
+def test_labels_that_are_not_what_the_network_makes_of_the_scan_alarm(monitored):
+    at = Location(str(monitored.folder / "scan.zarr")) / "labels" / "classes" / "0"
+    labels = open_array(at)
+    core = BlockGrid(SHAPE, (SHARD,) * 3).block(0).core
+    write_shard(labels, core, 1 - np.asarray(labels[core.slices]), location=at)
+    assert monitored.haloseg("verify", monitored.folder / "scan.zarr", "--name", "classes", "--boxes", 4) == 0
+    until(lambda: monitored.alerts()["LabelsDiffer"] == "firing", what="the alert fires", seconds=20)
