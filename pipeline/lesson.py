@@ -21,7 +21,8 @@ from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targe
 from pipeline.unet.settings import UNetSettings
 from pipeline.unet.training.borders import Borders, Separated, in_memory
 from pipeline.unet.training.learner import training_rule
-from pipeline.unet.training.patches import Patches, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.recipe import Recipe, choose_dims
 from pipeline.unet.training.resampled import Steps, seen_region, steps_between
 from pipeline.unet.training.source import Source
@@ -167,7 +168,7 @@ def _stored(images: list[Image], truths: Sequence[Labels | Image], *, recipe: Re
     volumes = [*images, *truths]
     arrays: list[Any] = [each.array for each in volumes]
     n, n_voxels = len(images), sum(prod(image.spatial_shape) for image in images)
-    computed_bytes = n_voxels * (2 * recipe.instances + 4 * (recipe.border_weight > 0))
+    computed_bytes = n_voxels * (recipe.instances + 4 * (recipe.border_weight > 0))
     resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
     stored: list[Sliceable] = [
         np.asarray(array[:]) if resident else open_voxels(each.location / each.levels[0].path)

@@ -13,7 +13,7 @@ from pipeline.errors import ArgumentError
 MOST_VOXELS = 2**14
 _SEED = 0
 
-Seen = tuple[int, tuple[int, ...], NDArray[np.int64]]
+Seen = tuple[int, tuple[int, ...], NDArray[np.int16]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
