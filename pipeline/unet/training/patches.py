@@ -29,12 +29,15 @@ from pipeline.geometry.mirror import read_mirrored
 from pipeline.unet.training.augment import Augmentation, Change, Field, Grey, draw_change
 from pipeline.unet.training.foreground import Foreground, find_foreground, find_labelled
 from pipeline.unet.training.orientation import Orientation
+from pipeline.unet.training.overlapping import UNKNOWN, label_by_label
 from pipeline.unet.training.resampled import nearest, placed
 from pipeline.unet.training.source import Source
 
-IGNORED = -100
+IGNORED = UNKNOWN
 _BYTES = np.arange(256, dtype=np.uint8)
 _FEW_CLASSES = 8
+
+Classes = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +54,7 @@ class Patch:
     """
 
     image: NDArray[np.float32]
-    classes: NDArray[np.signedinteger[Any]]
+    classes: Classes
     borders: NDArray[np.float32] | None
     tile: tuple[int, ...]
     core: tuple[int, ...]
@@ -65,7 +68,7 @@ class Patches:
 
     Attributes
     ----------
-    class_values : label values, ascending; their positions are the classes
+    class_values : label values, ascending; their positions are the classes; empty: the labels are codes
     n_axes : axes of the network; of a volume's patches it sees the last two where this is 2
     turns : orientations to draw from
     augmentation : how far drawn patches are changed
@@ -73,6 +76,7 @@ class Patches:
     ignore : label value of voxels that nobody has labelled
     foreground : voxels that part of the patches are centred on; None: all lie anywhere
     labelled : voxels of which each of the others shows one; None: they lie anywhere
+    n_overlapping : labels whose codes the sources have, see ``Overlapping``; 0: each voxel is of one class
     """
 
     sources: tuple[Source, ...]
@@ -86,6 +90,7 @@ class Patches:
     ignore: int | None = None
     foreground: Foreground | None = None
     labelled: Foreground | None = None
+    n_overlapping: int = 0
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -144,8 +149,10 @@ class Patches:
         ------
         ArgumentError : the regions have voxels of one class only.
         """
-        blocks = ((number, box.start, classes) for number, box, classes in self._labelled())
-        n_classes, n_sources = len(self.class_values), len(self.sources)
+        blocks = (
+            (number, box.start, each) for number, box, classes in self._labelled() for each in self._apart(classes)
+        )
+        n_classes, n_sources = len(self.class_values) or self.n_overlapping + 1, len(self.sources)
         return replace(self, foreground=find_foreground(blocks, n_classes=n_classes, n_sources=n_sources, share=share))
 
     def with_labelled(self) -> Patches:
@@ -199,13 +206,17 @@ class Patches:
             counts += np.bincount(found[found != IGNORED], minlength=len(counts))
         return counts
 
-    def _labelled(self) -> Iterator[tuple[int, Box, NDArray[np.int16]]]:
+    def _labelled(self) -> Iterator[tuple[int, Box, Classes]]:
         """Yield all regions block by block: the number of the source, the box, the classes in it."""
         for number, source in enumerate(self.sources):
             seen = source.seen
             for block in BlockGrid(seen.shape, self.core):
                 box = block.core.shift(seen.start)
                 yield number, box, self._seen_classes(source, box)
+
+    def _apart(self, classes: Classes) -> list[Classes]:
+        """Return classes of which each voxel has one; those of overlapping labels one after the other."""
+        return [*label_by_label(classes, self.n_overlapping)] if self.n_overlapping else [classes]
 
     def _starts(self, source: Source) -> list[tuple[int, int]]:
         """Return the first and the last start of a core along every axis, in the region or around all of it."""
@@ -224,18 +235,21 @@ class Patches:
             tuple(b + m for b, (_, m) in zip(box.stop, margins, strict=True)),
         )
 
-    def _classes(self, source: Source, box: Box) -> NDArray[np.int16]:
+    def _classes(self, source: Source, box: Box) -> Classes:
         """Return the classes in a box, IGNORED outside the region and where nobody has labelled."""
         labels, inside = read_mirrored(source.labels, box), box.intersect(source.region)
         if inside == box:
             return self._of_values(labels)
-        y = np.full(box.shape, IGNORED, np.int16)
         slices = inside.inside(box)
-        y[slices] = self._of_values(labels[slices])
+        classes = self._of_values(labels[slices])
+        y = np.full(box.shape, IGNORED, classes.dtype)
+        y[slices] = classes
         return y
 
-    def _of_values(self, labels: NDArray[Any]) -> NDArray[np.int16]:
+    def _of_values(self, labels: NDArray[Any]) -> Classes:
         """Return the classes of label values, IGNORED where nobody has labelled; a few are counted, not searched."""
+        if self.n_overlapping:
+            return labels
         if len(self.class_values) <= _FEW_CLASSES:
             found = np.zeros(labels.shape, np.int16)
             for value in self.class_values[:-1]:
@@ -248,7 +262,7 @@ class Patches:
             found[labels == self.ignore] = IGNORED
         return found
 
-    def _seen_classes(self, source: Source, box: Box) -> NDArray[np.int16]:
+    def _seen_classes(self, source: Source, box: Box) -> Classes:
         """Return the classes in a box of voxels that the network sees."""
         if not source.steps:
             return self._classes(source, box)
