@@ -92,7 +92,7 @@ class SegmentSource:
         for batch in self._parts(wanted):
             with self._reader(batch) as read:
                 for target, number, segment in batch:
-                    self._paste(target, self._decoded(read, page=number, segment=segment), inside=inside)
+                    self._paste(target, self._decoded(read, page=number, segment=segment, inside=inside), inside=inside)
         return voxels.reshape(lengths)
 
     def _parts(self, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
@@ -127,7 +127,7 @@ class SegmentSource:
         with by_ranges(self.path) as read:
             for segment, count in enumerate(self.pages[0].counts):
                 if count:
-                    self._decoded(read, page=0, segment=segment)
+                    self._decoded(read, page=0, segment=segment, inside=[slice(0, 1)] * 5)
                     return
 
     def _page_numbers(self, slices: tuple[slice, ...]) -> list[int]:
@@ -148,8 +148,10 @@ class SegmentSource:
         for s, d, y, x in product(*spans):
             yield ((s * grid[1] + d) * grid[2] + y) * grid[3] + x
 
-    def _decoded(self, read: Read, *, page: int, segment: int) -> tuple[NDArray[Any], tuple[int, ...]]:
-        """Return one segment (depth, length, width, contiguous samples) and where it starts in the page."""
+    def _decoded(
+        self, read: Read, *, page: int, segment: int, inside: list[slice]
+    ) -> tuple[NDArray[Any], tuple[int, ...]]:
+        """Return a segment (depth, length, width, contiguous samples) that a box touches, and its start in the page."""
         what = self.pages[page]
         if not what.counts[segment]:
             _, start, shape = what.decode(None, segment, **what.options)
@@ -164,8 +166,10 @@ class SegmentSource:
                 raise damaged(self.path, cause=f"segment {segment} of page {page} holds no voxels")
             return voxels
 
-        _, start, _ = what.decode(None, segment, **what.options)
-        return DECODED.get((self.path, self.stamp, page, segment), make), start
+        _, start, shape = what.decode(None, segment, **what.options)
+        ends = zip(inside, start, (1, *shape), self.page_shape, strict=True)
+        in_part = any(first < s.start or s.stop < min(first + n, most) for s, first, n, most in ends)
+        return DECODED.get((self.path, self.stamp, page, segment), make, again=in_part), start
 
     def _paste(
         self, target: NDArray[Any], decoded: tuple[NDArray[Any], tuple[int, ...]], *, inside: list[slice]
