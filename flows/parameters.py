@@ -46,7 +46,9 @@ Settle = Annotated[float, Field(ge=0, description="A scan that was changed fewer
 AtOnce = Annotated[int, Field(ge=1, le=16, description="Scans in work at once, so that workers never wait")]
 Priority = Annotated[list[str], Field(description="Globs: scans of the first go first, and so on; then the oldest")]
 Overwrite = Annotated[bool, Field(description="Delete the image that is there, with its labels, first")]
-TruthName = Annotated[str | None, Field(description="The label volume of each image to learn; empty with targets")]
+TruthName = Annotated[
+    str | None, Field(description="The label volume of each image to learn, or several, A,B; empty with targets")
+]
 HeldOut = Annotated[list[str], Field(description="Images to validate on, not to learn from; empty: a part of each")]
 Targets = Annotated[list[str], Field(description="What to make of each image, then of those held out, in order")]
 ImagePaths = Annotated[list[str], Field(min_length=1, description="Images to learn from, each with the labels")]

@@ -36,7 +36,7 @@ class Certificate:
     @property
     def is_rounding(self) -> bool:
         """Whether nothing but rounding in float32 was found."""
-        return self.max_difference <= TOLERANCE
+        return self.max_difference <= TOLERANCE and not self.n_flipped_decided
 
     @property
     def line(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -39,6 +39,7 @@ class IngestBlocks:
     those of the scan, compared after each reading; None where they are of many files, which are compared at the end.
     """
 
+    uses_device: ClassVar[bool] = False
     scan: str
     target: Location
     grid: BlockGrid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,7 +22,9 @@ from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targe
 from pipeline.unet.settings import UNetSettings
 from pipeline.unet.training.borders import Borders, Separated, in_memory
 from pipeline.unet.training.learner import training_rule
-from pipeline.unet.training.patches import Patches, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.overlapping import Overlapping
+from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.recipe import Recipe, choose_dims
 from pipeline.unet.training.resampled import Steps, seen_region, steps_between
 from pipeline.unet.training.source import Source
@@ -36,7 +39,7 @@ class Lesson:
 
     Attributes
     ----------
-    truths : label volumes; of losses of values the target images
+    truths : of each image its label volumes; of losses of values its target image
     classes, class_values : names and label values of the classes, ascending; none of targets
     learn, check : patches to learn from, and those of the parts that are held out
     held_out : the part of each image that is held out; None: nothing of it is
@@ -45,7 +48,7 @@ class Lesson:
     """
 
     images: tuple[Image, ...]
-    truths: tuple[Labels | Image, ...]
+    truths: tuple[tuple[Labels | Image, ...], ...]
     settings: UNetSettings
     classes: tuple[str, ...]
     class_values: tuple[int, ...]
@@ -62,6 +65,8 @@ def open_lesson(
     held_out: Sequence[str] = (),
 ) -> Lesson:
     """Return what a recipe makes of the label volume ``labels`` of every image, or of the image's target.
+
+    Several label volumes, separated by commas, may overlap: a voxel has each label whose volume is not zero there.
 
     Without images that are held out, a part of every image along its first axis is: the last slices of a volume, the
     bottom of a slide, or others where these lack a class (``held_out.split``).
@@ -147,8 +152,9 @@ def _patches(
         sources = _labelled(images, stored, recipe=recipe, spacing=spacing, dims=settings.dims)
     ignored = UNKNOWN if truth.windows else -1 if recipe.instances else recipe.ignore
     patches = Patches(
-        sources, core, rule.halo, truth.class_values or (0,), settings.dims, turns, recipe.augmentation,
-        spacing[-settings.dims :], None if recipe.ignore is None else ignored,
+        sources, core, rule.halo, () if truth.n_overlapping else truth.class_values or (0,), settings.dims, turns,
+        recipe.augmentation, spacing[-settings.dims :], None if recipe.ignore is None else ignored,
+        n_overlapping=truth.n_overlapping,
     )  # fmt: skip
     recipe.augmentation.check(patches.tile, spacing=patches.spacing)
     return patches
@@ -159,21 +165,21 @@ def _spacing(size: tuple[float, ...], *, dims: int) -> tuple[float, ...]:
     return tuple(each / min(size[-dims:]) for each in size)
 
 
-_Stored = list[tuple[Sliceable, Sliceable]]
+_Stored = list[tuple[Sliceable, tuple[Sliceable, ...]]]
 
 
-def _stored(images: list[Image], truths: Sequence[Labels | Image], *, recipe: Recipe) -> _Stored:
-    """Return the voxels of each image and of its truth, in memory where they are small."""
-    volumes = [*images, *truths]
-    arrays: list[Any] = [each.array for each in volumes]
-    n, n_voxels = len(images), sum(prod(image.spatial_shape) for image in images)
-    computed_bytes = n_voxels * (2 * recipe.instances + 4 * (recipe.border_weight > 0))
-    resident = sum(array.nbytes for array in arrays) + computed_bytes <= RESIDENT_BYTES
-    stored: list[Sliceable] = [
-        np.asarray(array[:]) if resident else open_voxels(each.location / each.levels[0].path)
-        for array, each in zip(arrays, volumes, strict=True)
-    ]
-    return list(zip(stored[:n], stored[n:], strict=True))
+def _stored(images: list[Image], truths: Sequence[tuple[Labels | Image, ...]], *, recipe: Recipe) -> _Stored:
+    """Return the voxels of each image and of its truths, in memory where they are small."""
+    volumes = [(image, *truth) for image, truth in zip(images, truths, strict=True)]
+    n_voxels = sum(prod(image.spatial_shape) for image in images)
+    computed_bytes = n_voxels * (recipe.instances + 4 * (recipe.border_weight > 0) + 4 * (len(truths[0]) > 1))
+    every: list[Any] = [each.array for own in volumes for each in own]
+    resident = sum(array.nbytes for array in every) + computed_bytes <= RESIDENT_BYTES
+
+    def voxels(volume: Labels | Image) -> Sliceable:
+        return np.asarray(volume.array[:]) if resident else open_voxels(volume.location / volume.levels[0].path)
+
+    return [(voxels(image), tuple(map(voxels, truth))) for image, *truth in volumes]
 
 
 def _targeted(
@@ -181,7 +187,7 @@ def _targeted(
 ) -> tuple[Source, ...]:
     """Return the images with their targets."""
     windows, sources = tuple(Window(*each) for each in truth.input_windows), []
-    for image, target, (voxels, goal) in zip(images, truth.volumes, stored, strict=True):
+    for image, (target,), (voxels, (goal,)) in zip(images, truth.volumes, stored, strict=True):
         assert isinstance(target, Image)
         spans = tuple(each.maximum - each.minimum for each in target.statistics)
         known, about = Known(goal, recipe.ignore), Target(goal, truth.windows, spans)
@@ -196,11 +202,14 @@ def _labelled(
     """Return the images with their labels, and with what follows from these."""
     axes, sources = tuple(range(len(spacing) - dims, len(spacing))), []
     resident = isinstance(stored[0][0], np.ndarray)
-    for image, (voxels, ids) in zip(images, stored, strict=True):
+    for image, (voxels, (ids, *others)) in zip(images, stored, strict=True):
         labels, borders, steps = ids, None, _steps(image, recipe.voxel_size_um[-dims:])
         keep: Callable[[Sliceable], Sliceable] = in_memory if resident else lambda computed: computed
-        if recipe.instances:
-            labels = keep(Separated(ids, axes, recipe.ignore))
+        apart = partial(Separated, axes=axes if recipe.instances else (), ignore=recipe.ignore)
+        if others:
+            labels = keep(Overlapping(tuple(map(apart, (ids, *others)))))
+        elif recipe.instances:
+            labels = keep(apart(ids))
         if recipe.border_weight:
             about = recipe.border_weight, recipe.border_sigma_voxels, recipe.ignore
             own = tuple(s / step for s, step in zip(spacing, steps or (1.0,) * len(spacing), strict=True))

@@ -16,6 +16,7 @@ from pipeline.errors import ArgumentError
 from pipeline.lesson import open_lesson
 from pipeline.store.labels import colour_of
 from pipeline.unet.training.batches import batches
+from pipeline.unet.training.overlapping import first_of
 from pipeline.unet.training.patches import IGNORED
 from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.validation import Sample
@@ -50,7 +51,8 @@ def preview(
         image    image    image   ...    what enters the network
         labels   labels   labels  ...    over it; unlabelled voxels dark red, what only lends context left clear
 
-    Of targets the second row shows what the network is to make, what only lends context left white.
+    Of overlapping labels the first that a voxel has is shown. Of targets the second row shows what the network is to
+    make, what only lends context left white.
 
     Raises
     ------
@@ -64,7 +66,8 @@ def preview(
     for number, x in enumerate(batch.images.numpy()):
         grey = _grey(_middle(x[0]))
         if batch.target is None:
-            below = _over(grey, _middle(batch.classes[number].numpy()))
+            classes = batch.classes[number].numpy()
+            below = _over(grey, _middle(first_of(classes) if lesson.learn.n_overlapping else classes))
         else:
             below = _framed(_grey(_middle(batch.target[number, 0].numpy())), grey.shape)
         columns.append(np.concatenate([grey, _gap(grey.shape[1], axis=0), below]))

@@ -74,6 +74,8 @@ def train(
 ) -> TrainResult:
     """Write a model that has learnt the label volume ``labels`` of every image, or to make its target of it.
 
+    Of several label volumes, separated by commas, each is learnt for itself: they may overlap.
+
     Images that are held out are not learnt from; without any, it is the last part of every image along its first axis:
     the last slices of a volume, the bottom of a slide, or others where these lack a class. The weights of lowest loss
     there are kept. A run that was killed goes on, with the same arguments, from its last validation, as FILE.checkpoint
@@ -168,7 +170,7 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
         "images": [
             {
                 "image": image.location.name, "shape": image.spatial_shape, "voxel_size_um": image.voxel_size_um,
-                "scan": image.scan, **_truth(truth), "statistics": [each.to_json() for each in image.statistics],
+                "scan": image.scan, **_truth(*truth), "statistics": [each.to_json() for each in image.statistics],
                 **({"slices_sha256": image.slices_sha256} if recipe.scaling.is_slicewise else {}),
                 "held_out": asdict(held_out) if held_out else None,
             }
@@ -180,8 +182,11 @@ def _source(lesson: Lesson, *, recipe: Recipe, seed: int, device: str) -> dict[s
     return document
 
 
-def _truth(truth: Labels | Image) -> dict[str, Any]:
-    """Return what was learnt, a JSON object."""
+def _truth(truth: Labels | Image, *others: Labels | Image) -> dict[str, Any]:
+    """Return what was learnt, a JSON object; of several label volumes lists."""
+    if others:
+        every = [each for each in (truth, *others) if isinstance(each, Labels)]
+        return {"labels": [each.location.name for each in every], "labels_from": [each.fingerprint for each in every]}
     if isinstance(truth, Labels):
         return {"labels": truth.location.name, "labels_from": truth.fingerprint}
     statistics = [each.to_json() for each in truth.statistics]

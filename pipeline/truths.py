@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,14 @@ from pipeline.geometry.held_out import long_axis
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels, label_location, open_labels
 from pipeline.unet.settings import LARGEST_CLASS
+from pipeline.unet.training.losses import Loss
+from pipeline.unet.training.overlapping import MOST_LABELS
 from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.resampled import about_as_large
 from pipeline.unet.training.targets import common_windows
 
 INSTANCE_CLASSES = ("background", "object")
+NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,15 @@ class Truth:
 
     Attributes
     ----------
-    volumes : of each image its labels or its target
-    n_outputs : classes, or channels of the targets
+    volumes : of each image its labels, of which there may be several, or its target
+    n_outputs : classes, overlapping labels and none of them, or channels of the targets
     classes, class_values : names and label values of the classes, ascending; none of targets
-    occurrences : voxels of each class in each plane of a volume, (classes, planes of its long axis); none of targets
+    occurrences : voxels of each class or overlapping label in each plane of a volume, (classes, planes of its long
+        axis); none of targets
     windows, input_windows : (offset, scale) of each channel of the targets, and of their images; none of labels
     """
 
-    volumes: tuple[Labels | Image, ...]
+    volumes: tuple[tuple[Labels | Image, ...], ...]
     n_outputs: int
     classes: tuple[str, ...] = ()
     class_values: tuple[int, ...] = ()
@@ -42,16 +46,59 @@ class Truth:
     windows: tuple[tuple[float, float], ...] = ()
     input_windows: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def n_overlapping(self) -> int:
+        """Labels that a voxel may have any number of; 0 where it is of one class."""
+        return len(self.volumes[0]) if len(self.volumes[0]) > 1 else 0
 
-def of_labels(images: list[Image], name: str, *, recipe: Recipe) -> Truth:
-    """Return the label volume of this name of every image."""
-    volumes = [open_labels(label_location(image.location, name)) for image in images]
-    _check_shapes(images, volumes)
+
+def of_labels(images: list[Image], names: str, *, recipe: Recipe) -> Truth:
+    """Return the label volume of this name of every image; or of several names, separated by commas, which overlap."""
+    each = [_named(images, name) for name in names.split(",")]
+    if len(each) > 1:
+        return _overlapping(each, names.split(","), recipe=recipe)
+    (volumes,) = each
     values, occurrences = _occurrences(volumes, recipe=recipe)
     if recipe.classes and len(recipe.classes) != len(values):
         raise ArgumentError(f"classes must name the values {values}, got {recipe.classes}; give one name for each")
-    names = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(volumes[0], value) for value in values)
-    return Truth(tuple(volumes), len(values), recipe.classes or names, values, occurrences)
+    usual = INSTANCE_CLASSES if recipe.instances else tuple(_class_name(volumes[0], value) for value in values)
+    return Truth(tuple((each,) for each in volumes), len(values), recipe.classes or usual, values, occurrences)
+
+
+def _named(images: list[Image], name: str) -> list[Labels]:
+    """Return the label volume of this name of every image."""
+    volumes = [open_labels(label_location(image.location, name)) for image in images]
+    _check_shapes(images, volumes)
+    return volumes
+
+
+def _overlapping(each: list[list[Labels]], names: list[str], *, recipe: Recipe) -> Truth:
+    """Return label volumes, those of one name after the other, of which a voxel may be in any number: where not zero.
+
+    Raises
+    ------
+    ArgumentError : the recipe has settings for classes that exclude each other, or a label is nowhere or everywhere.
+    """
+    if len(set(names)) < len(names) or len(names) > MOST_LABELS:
+        raise ArgumentError(
+            f"overlapping labels must be at most {MOST_LABELS} different volumes, got {','.join(names)}; name each once"
+        )
+    if recipe.loss is not Loss.BINARY_CROSS_ENTROPY:
+        raise ArgumentError(
+            f"overlapping labels need a loss that takes each for itself, got {recipe.loss} for {','.join(names)}; set "
+            f'loss = "{Loss.BINARY_CROSS_ENTROPY}" in the recipe, or name one label volume'
+        )
+    if asked := [name for name in ("border_weight", "balance_classes") if getattr(recipe, name)]:
+        raise ArgumentError(
+            f"overlapping labels have no weights of classes or of borders, got {', '.join(asked)}; leave that out"
+        )
+    if len(classes := recipe.classes or (NONE, *names)) != len(names) + 1:
+        raise ArgumentError(
+            f"classes must name none and each of the labels {','.join(names)}, got {classes}; give {len(names) + 1}"
+        )
+    there = [_occurrences(volumes, recipe=replace(recipe, instances=True))[1] for volumes in each]
+    occurrences = tuple(np.stack([found[1] for found in image]) for image in zip(*there, strict=True))
+    return Truth(tuple(zip(*each, strict=True)), len(classes), classes, tuple(range(len(classes))), occurrences)
 
 
 def of_targets(images: list[Image], paths: Sequence[str], *, n_learnt: int) -> Truth:
@@ -65,7 +112,7 @@ def of_targets(images: list[Image], paths: Sequence[str], *, n_learnt: int) -> T
     windows, seen = (
         common_windows([each.statistics for each in kind[:n_learnt]]) for kind in (volumes, images)
     )  # fmt: skip
-    return Truth(tuple(volumes), volumes[0].n_channels, windows=windows, input_windows=seen)
+    return Truth(tuple((each,) for each in volumes), volumes[0].n_channels, windows=windows, input_windows=seen)
 
 
 def check_asked(recipe: Recipe, *, labels: str | None, targets: Sequence[str], n_images: int) -> None:

@@ -122,7 +122,7 @@ def _of_labels(plan: Plan, found: list[Certified]) -> Certificate:
     """Return what all boxes of labels came to."""
     return Certificate(
         plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
-        _two_digits(max(each.max_difference for each in found)), sum(each.n_flipped for each in found),
+        max(each.max_difference for each in found), sum(each.n_flipped for each in found),
         sum(each.n_flipped_decided for each in found),
     )  # fmt: skip
 
@@ -131,13 +131,9 @@ def _of_values(plan: Plan, found: list[CertifiedValues]) -> ValueCertificate:
     """Return what all boxes of a prediction came to."""
     return ValueCertificate(
         plan.engine.value, plan.precision.value, len(found), sum(each.n_voxels for each in found),
-        _two_digits(max(each.max_difference for each in found)),
-        _two_digits(max(each.max_difference_std for each in found)), sum(each.n_beyond for each in found),
+        max(each.max_difference for each in found), max(each.max_difference_std for each in found),
+        sum(each.n_beyond for each in found),
     )  # fmt: skip
-
-
-def _two_digits(number: float) -> float:
-    return float(f"{number:.1e}")
 
 
 def _affordable(plan: Plan) -> tuple[tuple[int, ...], int]:

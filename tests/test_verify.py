@@ -55,7 +55,7 @@ def test_right_labels_are_certified_and_a_rerun_leaves_the_certificate(tmp_path,
     assert tree_digest(image) == before
 
 
-def test_wrong_labels_are_found_and_counted(tmp_path):
+def test_wrong_labels_are_found_counted_and_told(tmp_path, caplog):
     shape, settings = CASES["3-D same"]
     _, image, _, _ = segmented(tmp_path, shape, settings)
     labels = open_labels(f"{image}/labels/x")
@@ -69,6 +69,8 @@ def test_wrong_labels_are_found_and_counted(tmp_path):
     assert found.n_flipped == min(512, found.n_voxels)
     assert 0.95 * found.n_flipped < found.n_flipped_decided
     assert found.max_difference <= 1e-5
+    assert "float32 must differ from the reference by at most 1e-05" in caplog.text
+    assert not found.is_rounding
 
 
 def test_the_difference_of_lower_precision_is_measured_and_kept(tmp_path):

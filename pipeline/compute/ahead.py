@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind, on threads of their own, so that the device waits for neither; and the stage clock.
+"""Reading ahead and writing behind, on threads of their own, so that the device waits for neither.
 
 reader   |r1|r2|r3|.....|r4|          at most a few ahead: what they hold is bounded
 device      |--c1--|--c2--|--c3--|
@@ -12,35 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from threading import Event, Thread
-from time import perf_counter
 from typing import Generic, TypeVar
 
+from pipeline.compute.clock import StageClock
 from pipeline.compute.pulse import beat
 
 T = TypeVar("T")
 _POLL_S = 0.1
-
-
-@dataclass(slots=True)
-class StageClock:
-    """Seconds that a worker spent reading, waiting for its reader or writer, computing and writing.
-
-    Reading and writing go on while the device computes; ``wait_s + compute_s`` is what the clock on the wall shows.
-    """
-
-    read_s: float = 0.0
-    wait_s: float = 0.0
-    compute_s: float = 0.0
-    write_s: float = 0.0
-
-    @contextmanager
-    def timing(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to ``read``, ``wait``, ``compute`` or ``write``."""
-        begin = perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, f"{stage}_s", getattr(self, f"{stage}_s") + perf_counter() - begin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import Watcher
@@ -21,6 +21,7 @@ from pipeline.store.reading import open_voxels
 class LevelBlocks:
     """The work of making one level: one block reads the voxels under one shard, and writes the shard; see BlockWork."""
 
+    uses_device: ClassVar[bool] = False
     source: Location
     target: Location
     grid: BlockGrid

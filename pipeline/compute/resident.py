@@ -12,7 +12,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from dask.utils import key_split
 from distributed import Worker, WorkerPlugin
 
-from pipeline.compute.metrics import count, count_failure
+from pipeline.compute.metrics import count_failure, metered
 from pipeline.compute.pulse import STUCK_AFTER_S, Pulse, StoppedError
 from pipeline.compute.runner import BlockRecord, BlockWork, cause_of
 from pipeline.errors import PipelineError, RunError
@@ -88,10 +88,10 @@ class ResidentWork(WorkerPlugin):
 
     def run(self, index: int) -> Outcome:
         """Run one block, and count what it did."""
-        with self._pulse.of_block(index):
+        with self._pulse.of_block(index), metered(work=self._kind) as meter:
             outcome = self._run(index)
         if isinstance(outcome, BlockRecord):
-            count(outcome, work=self._kind)
+            meter.end(outcome)
         elif not self._over:
             count_failure(work=self._kind)
         return outcome

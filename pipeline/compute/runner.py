@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pipeline.compute.retry_log import RetryLog
 from pipeline.errors import PipelineError, RunError
@@ -55,7 +55,14 @@ class BlockWork(Protocol):
 
     ``run`` reads one tile, writes one core and returns a record; running it twice changes nothing. A PipelineError
     raised in it ends the whole run at once (a full disk, say); any other exception counts against the block alone.
+
+    Attributes
+    ----------
+    uses_device : whether blocks compute on a GPU where there is one; the others are kept off the workers that have one
+        where there are some without
     """
+
+    uses_device: ClassVar[bool]
 
     def setup(self) -> Any:  # noqa: ANN401 the state is the work's own affair
         """Return what is needed once per worker, such as the network on its device."""

@@ -31,7 +31,7 @@ from pipeline.compute.resident import Failed, Stopped, TaskOutcome
 from pipeline.compute.retry_log import RetryLog
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
-from pipeline.compute.versions import ThroughGate, compared
+from pipeline.compute.versions import Newcomers, ThroughGate
 from pipeline.errors import GivenUpError, RunError
 
 TASKS_PER_WORKER = 4
@@ -70,15 +70,16 @@ class Window:
     given_up : once set, from any thread, the run ends
     losses : tells which tasks were on a worker that died
     priority : of two runs on one cluster, the blocks of that of the higher one go first
+    uses_device : blocks go to GPU workers alone where there are any; else these are left alone where there are others
     """
 
     def __init__(
         self, client: Client, *, name: str, on_record: Callable[[BlockRecord], None], worker_timeout_s: float,
-        given_up: Event, losses: Losses, priority: int = 0,
+        given_up: Event, losses: Losses, priority: int = 0, uses_device: bool = True,
     ) -> None:
         self._client, self._name, self._on_record = client, name, on_record
         self._worker_timeout_s, self._given_up, self._priority = worker_timeout_s, given_up, priority
-        self._losses, self._retry_log = losses, RetryLog()
+        self._losses, self._retry_log, self._uses_device = losses, RetryLog(), uses_device
         self._in_flight: dict[Future[object], _Task] = {}
         self._finished: SimpleQueue[Future[object]] = SimpleQueue()
         self._lost: list[Future[object]] = []
@@ -86,7 +87,7 @@ class Window:
         self._again: deque[_Task] = deque()
         self._suspects: list[_Task] = []
         self._quarantined: list[Quarantined] = []
-        self._workers = self._compared = frozenset[str]()
+        self._workers, self._newcomers = frozenset[str](), Newcomers(client)
         self._gpu = self._mixed = False
         self._alone = False
         self._seen_s = self._asked_s = monotonic()
@@ -133,7 +134,7 @@ class Window:
             self._submit(task)
 
     def _submit(self, task: _Task) -> None:
-        others = self._workers - {task.avoid} if task.avoid and not self._mixed else frozenset()
+        others = self._wanted(task.avoid)
         with annotate(span=SPAN):
             future = self._client.submit(
                 ThroughGate(), self._name, task.indices, TASK_S,
@@ -143,6 +144,13 @@ class Window:
             )  # fmt: skip
         self._in_flight[future] = replace(task, others=others)
         future.add_done_callback(self._finished.put)
+
+    def _wanted(self, avoid: str) -> frozenset[str]:
+        """Return the workers that an attempt is for, and others only where these are gone; empty: any will do."""
+        others = self._workers - {avoid} if avoid else frozenset[str]()
+        if not self._mixed:
+            return others
+        return frozenset() if self._uses_device else others or self._workers  # a GPU is asked for as a resource
 
     def _next_finished(self) -> list[Future[object]]:
         """Return all attempts that have finished, as soon as there is one; none if that takes long.
@@ -231,7 +239,7 @@ class Window:
 
     def _count_against(self, index: int, cause: str, *, task: _Task, worker: str) -> None:
         """Try the block again, alone, on another worker if there is one, up to the number of retries."""
-        if worker not in self._compared:
+        if self._newcomers.woke(worker):
             self._refresh()
         self._retry_log.warn(f"block {index} failed, attempt {task.attempt + 1} of {1 + RETRIES}: {cause}")
         if task.attempt < RETRIES:
@@ -258,15 +266,16 @@ class Window:
         check_quarantine(self._quarantined)
 
     def _refresh(self) -> None:
-        """Ask which workers there are now; those with a GPU alone count where there are any."""
+        """Ask which workers there are now, and which of them count; see ``uses_device``."""
         self._asked_s = now = monotonic()
         on_scheduler(self._client, forget_submits)
         every: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         with_gpu = gpu_workers(every)
-        self._gpu = self._gpu or bool(with_gpu)
-        self._workers = with_gpu if self._gpu else frozenset(every)
+        self._gpu = self._uses_device and (self._gpu or bool(with_gpu))
+        without = frozenset(every) - with_gpu
+        self._workers = with_gpu if self._gpu else without or frozenset(every)
         self._mixed = len(self._workers) < len(every)
-        self._compare()
+        self._newcomers.compare(self._workers)
         self._free()
         if self._workers:
             self._seen_s = now
@@ -275,17 +284,6 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
-
-    def _compare(self) -> None:
-        """End the run if a worker that was not there before has other versions than are here: it must do no block."""
-        if newcomers := self._workers - self._compared:
-            told, others = compared(self._client, newcomers)
-            if others:
-                raise RunError(
-                    f"workers must have the versions of the flow or command, got {others}; what is done is kept, run "
-                    "the same command again"
-                )
-            self._compared |= told
 
     def _free(self) -> None:
         """Submit anew what was to run on workers that are all gone: Dask lets it wait for them (distributed 2026.8)."""

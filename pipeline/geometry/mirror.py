@@ -56,11 +56,11 @@ def read_mirrored(array: Sliceable, box: Box) -> NDArray[Any]:
     """
     n_front = len(array.shape) - box.ndim
     spatial = array.shape[n_front:]
+    if all(a >= 0 and b <= n for a, b, n in zip(box.start, box.stop, spatial, strict=True)):
+        return np.asarray(array[(slice(None),) * n_front + box.slices])
     needed = [mirror_index(a, b, n) for a, b, n in zip(box.start, box.stop, spatial, strict=True)]
     inner = tuple(slice(int(i.min()), int(i.max()) + 1) for i in needed)
     voxels = np.asarray(array[(slice(None),) * n_front + inner])
-    if all(a >= 0 and b <= n for a, b, n in zip(box.start, box.stop, spatial, strict=True)):
-        return voxels
     for axis, (index, read) in enumerate(zip(needed, inner, strict=True), start=n_front):
         voxels = voxels.take(index - read.start, axis=axis)
     return voxels

@@ -143,8 +143,15 @@ def merge(blocks: Iterable[tuple[Histogram, ...]]) -> tuple[ChannelStatistics, .
 
 
 def _counted(keys: NDArray[Any], *, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Return the bins that occur, ascending, and how often; counting is many times faster than sorting."""
-    every = np.bincount(keys, minlength=_n_bins(dtype))
+    """Return the bins that occur, ascending, and how often; counting is many times faster than sorting.
+
+    Bytes are counted in pairs: NumPy takes as long for each number, whatever its size.
+    """
+    if keys.dtype == np.uint8 and keys.size > _n_bins(dtype):
+        pairs = np.bincount(keys[: keys.size // 2 * 2].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+        every = np.bincount(keys[keys.size // 2 * 2 :], minlength=256) + pairs.sum(0) + pairs.sum(1)
+    else:
+        every = np.bincount(keys, minlength=_n_bins(dtype))
     found = np.flatnonzero(every).astype(np.uint32)
     return found, every[found].astype(np.int64)
 

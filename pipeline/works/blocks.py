@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,7 @@ class Opened:
 class SegmentBlocks:
     """The work of segmenting one block by overlapping tiles; see BlockWork."""
 
+    uses_device: ClassVar[bool] = True
     outputs: Outputs
     tile_shape: tuple[int, ...]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.metrics import count_wrong_box
 from pipeline.compute.pulse import beat
 from pipeline.compute.runner import BlockRecord
+from pipeline.config import Precision
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.geometry.tiles import TileRule
@@ -32,7 +35,7 @@ class Certified(BlockRecord):
 
     Attributes
     ----------
-    max_difference : of the probabilities, between the run's engine and the reference
+    max_difference : of the probabilities, between the run's engine and the reference, in two digits
     n_flipped : voxels whose stored class is not the reference's
     n_flipped_decided : of them those where the reference's best two probabilities are further apart than rounding
     """
@@ -41,6 +44,11 @@ class Certified(BlockRecord):
     n_flipped: int = 0
     n_flipped_decided: int = 0
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the stored classes are the reference's but for rounding in float32."""
+        return not self.n_flipped_decided
+
 
 @dataclass(frozen=True, slots=True)
 class CertifiedValues(BlockRecord):
@@ -48,14 +56,19 @@ class CertifiedValues(BlockRecord):
 
     Attributes
     ----------
-    max_difference, max_difference_std : of the stored values from the reference, in the target's intensities and in
-        standard deviations of the target
+    max_difference, max_difference_std : of the stored values from the reference, in two digits: in the target's
+        intensities, and in standard deviations of the target
     n_beyond : voxels where it is beyond rounding; see ``beyond_rounding``
     """
 
     max_difference: float = 0.0
     max_difference_std: float = 0.0
     n_beyond: int = 0
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the stored values are the reference's but for rounding in float32."""
+        return not self.n_beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ class CertifyBoxes:
     rule : over the image's axes
     """
 
+    uses_device: ClassVar[bool] = True
     segmenting: SegmentColumns | SegmentBlocks
     boxes: tuple[Box, ...]
     tile_shape: tuple[int, ...]
@@ -89,7 +103,13 @@ class CertifyBoxes:
         return opened, reference
 
     def run(self, state: tuple[Opened, Predictor], index: int) -> Certified | CertifiedValues:
-        """Compare one box."""
+        """Compare one box; one in float32 that is wrong beyond rounding counts for the alert."""
+        found = self._compared(state, index)
+        if self.segmenting.outputs.precision is Precision.FLOAT32 and not found.is_right:
+            count_wrong_box()
+        return found
+
+    def _compared(self, state: tuple[Opened, Predictor], index: int) -> Certified | CertifiedValues:
         opened, reference = state
         core, begin = self.boxes[index], perf_counter()
         strides = zip(self.rule.stride, self.rule.halo, strict=True)
@@ -108,7 +128,7 @@ class CertifyBoxes:
         flipped = np.asarray(opened.labels[core.slices]) != classes[inside]
         return Certified(
             index, core.n_voxels, 0.0, perf_counter() - begin, 0.0, peak_rss_bytes(), n_blocks=1,
-            max_difference=float(np.abs(got - expected).max()), n_flipped=int(flipped.sum()),
+            max_difference=two_digits(float(np.abs(got - expected).max())), n_flipped=int(flipped.sum()),
             n_flipped_decided=int((flipped & (margin > 2 * TOLERANCE)).sum()),
         )  # fmt: skip
 
@@ -122,7 +142,7 @@ class CertifyBoxes:
         in_std = far * np.array([scale for _, scale in windows]).reshape(-1, *(1,) * core.ndim)
         return CertifiedValues(
             index, core.n_voxels, 0.0, perf_counter() - begin, 0.0, peak_rss_bytes(), n_blocks=1,
-            max_difference=float(far.max()), max_difference_std=float(in_std.max()),
+            max_difference=two_digits(float(far.max())), max_difference_std=two_digits(float(in_std.max())),
             n_beyond=int(beyond_rounding(stored, expected, windows).any(axis=0).sum()),
         )  # fmt: skip
 
@@ -164,6 +184,11 @@ def beyond_rounding(
     most = VALUE_TOLERANCE * np.maximum(1 / scale, np.abs(expected - offset)) + np.spacing(np.abs(expected))
     beyond: NDArray[np.bool_] = ~(np.abs(stored.astype(np.float64) - expected) <= most)
     return beyond
+
+
+def two_digits(number: float) -> float:
+    """Return a number as it is told."""
+    return float(f"{number:.1e}")
 
 
 def sample_boxes(

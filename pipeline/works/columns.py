@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compute.ahead import StageClock, WriteBehind, read_ahead
+from pipeline.compute.ahead import WriteBehind, read_ahead
+from pipeline.compute.clock import StageClock
+from pipeline.compute.metrics import Meter, meter
 from pipeline.compute.runner import BlockRecord
 from pipeline.config import Precision, Tta
 from pipeline.errors import BudgetError
@@ -38,6 +39,7 @@ class SegmentColumns:
     computes from the first missing shard on. A column whose cross-section is computed in parts writes at its end.
     """
 
+    uses_device: ClassVar[bool] = True
     outputs: Outputs
     columns: Columns
 
@@ -55,7 +57,7 @@ class SegmentColumns:
 
     def run(self, state: Opened, index: int) -> BlockRecord:
         """Segment what is missing of one column."""
-        begin, clock, n_read = perf_counter(), StageClock(), 0
+        clock, n_read = StageClock(), 0
         column = self.columns.grid(self.outputs.grid).block(index).core
         missing = [block for block in self.outputs.grid.within(column) if not self.outputs.is_done(state, block)]
         for stretch in self._stretches(missing):
@@ -67,9 +69,8 @@ class SegmentColumns:
                     state.part_shape = self.smaller(state.part_shape)
                 else:
                     break
-        seconds = perf_counter() - begin
         return BlockRecord(
-            index, sum(block.core.n_voxels for block in missing), clock.read_s, seconds - clock.wait_s, clock.write_s,
+            index, sum(block.core.n_voxels for block in missing), clock.read_s, clock.compute_s, clock.write_s,
             peak_rss_bytes(), wait_s=clock.wait_s, n_blocks=len(missing), n_voxels_read=n_read,
             device_bytes=peak_device_bytes(self.outputs.device),
         )  # fmt: skip
@@ -98,7 +99,8 @@ class SegmentColumns:
             state.image, axis=axis, column=_hull(entering), step=state.image.chunks[1 + axis], keep_all=len(parts) > 1
         )
         n_reals = predictor.engine.settings.n_classes if state.reals is not None else 0
-        with WriteBehind[_Sheet](lambda sheet: self._write(state, sheet), clock=clock) as behind:
+        counted = meter()
+        with WriteBehind[_Sheet](lambda sheet: self._write(state, sheet, counted), clock=clock) as behind:
             sheets = _Sheets(
                 blocks, axis=axis, core=core, has_classes=state.labels is not None, n_reals=n_reals, put=behind.put
             )
@@ -108,6 +110,8 @@ class SegmentColumns:
                 with read_ahead(voxels, n_ahead=SLABS_AHEAD, clock=clock) as slabs:
                     for done in predictor.run(part, stream, slabs, probabilities=n_reals > 0):
                         sheets.put(done)
+                        if counted is not None:
+                            counted.spent(clock)
         return rows.n_voxels_read
 
     def smaller(self, part: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,12 +126,14 @@ class SegmentColumns:
         log.warning("out of device memory: parts of %s voxels from now on, same result", smaller)
         return smaller
 
-    def _write(self, state: Opened, sheet: _Sheet) -> None:
+    def _write(self, state: Opened, sheet: _Sheet, counted: Meter | None) -> None:
         for block in sheet.blocks:
             inside = block.core.inside(sheet.box)
             classes = None if sheet.classes is None else sheet.classes[inside]
             reals = None if sheet.reals is None else sheet.reals[(slice(None), *inside)]
             self.outputs.write(state, block.core, classes, reals)
+            if counted is not None:
+                counted.wrote(n_voxels=block.core.n_voxels)
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from pipeline.store.statistics import Histogram
 class MeasureBlocks:
     """The work of measuring blocks that are stored already; see BlockWork."""
 
+    uses_device: ClassVar[bool] = False
     source: Location
     grid: BlockGrid
     notes: Notes

@@ -27,6 +27,7 @@ from pipeline.config import Precision
 from pipeline.ingest import ingest, ingest_labels
 from pipeline.lesson import open_lesson
 from pipeline.unet.device import pick_device
+from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.batches import batches
 from pipeline.unet.training.learner import Learner
@@ -75,6 +76,7 @@ def main():
     parser.add_argument("--precision", default="float32", choices=("float32", "bf16"))
     args = parser.parse_args()
     device = pick_device(args.device)
+    keep_freed_memory()  # as ``fit`` does
     pipeline.lesson.RESIDENT_BYTES = 0  # read from disk, however small
     changes = replace(AUGMENTATION, elastic_sigma_voxels=ELASTIC_SIGMA_VOXELS[args.dims])
     recipe = Recipe(dims=args.dims, width=args.width, augmentation=changes, precision=Precision(args.precision))

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import cloudpickle
@@ -66,6 +66,13 @@ class Scripted:
         folder = Path(self.folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Copying(Scripted):
+    """The same without a device, as copying is."""
+
+    uses_device: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from pipeline.compute.ahead import StageClock, WriteBehind, read_ahead
+from pipeline.compute.ahead import WriteBehind, read_ahead
+from pipeline.compute.clock import StageClock
 
 
 def alive():

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from clusters import children, processes
-from compute_works import Scripted
+from compute_works import Copying, Scripted
 
 from pipeline.compute import cluster
 from pipeline.compute.cluster import open_runner
@@ -72,6 +72,30 @@ def test_blocks_go_to_gpu_workers_alone_where_there_are_any(tmp_path):
             (gpu,) = [address for address, each in every.items() if each["resources"]]
             pid = run.client.run(os.getpid)[gpu]
         assert list(spans(tmp_path)) == [str(pid)]
+
+
+def test_what_needs_no_device_is_kept_off_the_gpu_workers_where_there_are_others(tmp_path):
+    acts = ((3, "fail twice"),)
+    with processes(tmp_path) as started:
+        started.worker("--nthreads", "1", "--resources", "GPU=1")
+        with open_runner(cluster=started.address, n_workers=1) as run:
+            assert run(Copying(str(tmp_path / "alone"), acts), range(4), on_record=lambda _: None) == ()
+            assert len(spans(tmp_path / "alone")) == 1  # on the GPU worker, the only one
+            hosts = [started.worker("--nthreads", "1", "--no-nanny") for _ in range(2)]
+            run.client.wait_for_workers(3, timeout=30)
+            assert run(Copying(str(tmp_path / "hosts"), acts, sleep_s=0.03), range(24), on_record=lambda _: None) == ()
+            assert set(spans(tmp_path / "hosts")) == {str(each.pid) for each in hosts}
+            seen = []
+
+            def on_record(record):
+                seen.append(record.index)
+                if len(seen) == 4:
+                    for each in hosts:
+                        each.kill()
+
+            assert run(Copying(str(tmp_path / "gone"), sleep_s=0.03), range(24), on_record=on_record) == ()
+        assert sorted(seen) == list(range(24))
+        assert len(spans(tmp_path / "gone")) == 3  # and the GPU worker has done what these left
 
 
 def test_a_worker_that_joins_during_the_run_takes_blocks(tmp_path):

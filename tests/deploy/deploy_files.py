@@ -43,6 +43,18 @@ def files(*endings: str) -> list[Path]:
     return [ROOT / name for name in listed if name.endswith(endings or ("",)) and (ROOT / name).exists()]
 
 
+def make_certificates(folder: Path, *hosts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [DEPLOY / "make-certificates.sh", folder, *hosts]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def tls_environment(folder: Path) -> dict[str, str]:
+    """Return Dask's settings of the Kubernetes pods, with the certificates of a folder."""
+    lines = (DEPLOY / "kubernetes/base/settings.env").read_text().splitlines()
+    kept = dict(line.split("=", 1) for line in lines if line.startswith("DASK_"))
+    return {name: value.replace("/etc/haloseg/tls", str(folder)) for name, value in kept.items()}
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

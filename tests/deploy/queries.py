@@ -12,7 +12,7 @@ PANEL_QUERIES = [each["expr"] for panel in PANELS for each in panel["targets"]]
 QUERIES = [rule["expr"] for rule in ALERTS.values()] + PANEL_QUERIES
 OF_PROMETHEUS = {"up"}
 _NOT_METRICS = re.compile(r'"[^"]*"|\b(?:by|on|without)\s*\([^)]*\)|\[\$?\w+\]|\boffset \w+')
-_WORDS = {"sum", "rate", "increase", "max", "by", "and", "or", "unless", "vector", "without", "on"}
+_WORDS = {"sum", "rate", "increase", "max", "min", "time", "by", "and", "or", "unless", "vector", "without", "on"}
 
 
 def metrics(query: str) -> set[str]:

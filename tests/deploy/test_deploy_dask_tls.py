@@ -13,35 +13,19 @@ import urllib.request
 import pytest
 import yaml
 from clusters import children
-from deploy_files import DEPLOY, free_port, load, until
+from deploy_files import DEPLOY, free_port, load, make_certificates, tls_environment, until
 from distributed import Client, Security
 from queries import ASKED, samples
 
-SETTINGS = dict(line.split("=", 1) for line in (DEPLOY / "kubernetes/base/settings.env").read_text().splitlines())
-
-
 N_THREADS = "3"  # what Kubernetes would fill in for requests.cpu
-
-
-def make(folder, *hosts, **environment):
-    script = DEPLOY / "make-certificates.sh"
-    return subprocess.run(
-        [script, folder, *hosts], capture_output=True, text=True, check=False, env=os.environ | environment
-    )
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls") / "certificates"
-    done = make(folder, "dask-scheduler", "10.0.0.4", "fe80::1")
+    done = make_certificates(folder, "dask-scheduler", "10.0.0.4", "fe80::1")
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def tls_environment(folder):
-    """Return the settings of the Kubernetes pods, with the certificates of a folder."""
-    kept = {name: value for name, value in SETTINGS.items() if name.startswith("DASK_")}
-    return {name: value.replace("/etc/haloseg/tls", str(folder)) for name, value in kept.items()}
 
 
 def security(folder):
@@ -68,9 +52,9 @@ def test_a_certificate_is_the_authoritys_for_both_ends_and_secret(certificates):
 
 
 def test_another_call_renews_the_certificate_under_the_same_authority(certificates, tmp_path):
-    first = make(tmp_path / "new")
+    first = make_certificates(tmp_path / "new")
     before = {path.name: path.read_text() for path in (tmp_path / "new").iterdir()}
-    again = make(tmp_path / "new", DAYS="30")
+    again = make_certificates(tmp_path / "new", DAYS="30")
     after = {path.name: path.read_text() for path in (tmp_path / "new").iterdir()}
     assert (first.returncode, again.returncode) == (0, 0)
     assert "valid for 30 days" in again.stdout
@@ -80,9 +64,9 @@ def test_another_call_renews_the_certificate_under_the_same_authority(certificat
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path):
-    assert make(tmp_path / "a").returncode == 0
+    assert make_certificates(tmp_path / "a").returncode == 0
     (tmp_path / "a/ca-key.pem").unlink()
-    lost = make(tmp_path / "a")
+    lost = make_certificates(tmp_path / "a")
     assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
     assert "fetch ca-key.pem" in lost.stderr
     nothing = subprocess.run([DEPLOY / "make-certificates.sh"], capture_output=True, text=True, check=False)
@@ -159,7 +143,7 @@ def refused(error, match, address, security):
 def test_a_client_without_certificate_or_with_a_strangers_is_refused(cluster, certificates, tmp_path):
     client, _ = cluster
     address = client.scheduler.address
-    assert make(tmp_path / "stranger").returncode == 0
+    assert make_certificates(tmp_path / "stranger").returncode == 0
     other = security(tmp_path / "stranger")
     none = Security(tls_ca_file=f"{certificates}/ca.pem", require_encryption=True)
     refused(OSError, "TLS certificate does not match", address, other)

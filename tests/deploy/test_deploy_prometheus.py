@@ -1,4 +1,4 @@
-"""Prometheus itself, with the configuration of deploy/, asking a scheduler and workers that segment a scan."""
+"""Prometheus itself, with the configuration of deploy/, asking a scheduler and workers that segment a scan over TLS."""
 
 import json
 import os
@@ -13,8 +13,12 @@ import pytest
 import tifffile
 import yaml
 from clusters import children
-from deploy_files import BIN, DEPLOY, ROOT, free_port, load, tool, until
+from deploy_files import BIN, DEPLOY, ROOT, free_port, load, make_certificates, tls_environment, tool, until
 from queries import ALERTS, PANEL_QUERIES
+
+from pipeline.geometry.grid import BlockGrid
+from pipeline.store.arrays import open_array, write_shard
+from pipeline.store.location import Location
 
 DEMO = ROOT / "pipeline/demo"
 SHAPE, SHARD, N_BLOCKS = (96, 96, 48), 48, 4
@@ -25,25 +29,37 @@ pytestmark = pytest.mark.skipif(
 
 
 class Monitored:
-    """A scheduler, two workers as compose starts them, and a Prometheus that asks them every second."""
+    """A scheduler, two workers as compose starts them, and a Prometheus that asks them every second.
+
+    The workers' certificate is about to expire.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._started = folder, []
         ports = [free_port() for _ in range(5)]
-        self.address = f"tcp://127.0.0.1:{ports[0]}"
-        worker = load("compose.yaml")["services"]["dask-worker-cpu"]["environment"]
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | {
-            name: value for name, value in worker.items() if name.startswith("DASK_DISTRIBUTED__WORKER")
+        self.address = f"tls://127.0.0.1:{ports[0]}"
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | tls_environment(folder / "tls") | {
+            name: value for service in ("dask-scheduler", "dask-worker-cpu")
+            for name, value in load("compose.yaml")["services"][service]["environment"].items() if "PRELOAD" in name
         }  # fmt: skip
+        self._certify(DAYS="31")
         dask, here = [sys.executable, "-m"], ["--host", "127.0.0.1", "--dashboard-address"]
-        self._start([*dask, "distributed.cli.dask_scheduler", "--port", ports[0], *here, f"127.0.0.1:{ports[1]}"])
+        self._start([*dask, "distributed.cli.dask_scheduler", "--port", ports[0], *here, f"127.0.0.1:{ports[1]}",
+                     "--scheduler-file", folder / "scheduler.json"])  # fmt: skip
+        until((folder / "scheduler.json").exists, what="the scheduler is up", seconds=60)
+        self._certify(DAYS="29")
         for port in ports[2:4]:
             self._start([*dask, "distributed.cli.dask_worker", self.address, "--nthreads", 1, "--memory-limit", 0,
                          "--local-directory", folder, *here, f"127.0.0.1:{port}"])  # fmt: skip
         self.configuration = self._configured(scheduler=ports[1], workers=ports[2:4])
+        self.workers = [f"127.0.0.1:{port}" for port in ports[2:4]]
         self._url = f"http://127.0.0.1:{ports[4]}/api/v1"
         self._start([tool("prometheus"), f"--config.file={self.configuration}", f"--storage.tsdb.path={folder}/data",
                      f"--web.listen-address=127.0.0.1:{ports[4]}"])  # fmt: skip
+
+    def _certify(self, **environment: str) -> None:
+        done = make_certificates(self.folder / "tls", **environment)
+        assert done.returncode == 0, done.stderr
 
     def _configured(self, *, scheduler: int, workers: list[int]) -> Path:
         """Write prometheus.yml for this machine: other addresses, and seconds for quarters of a minute."""
@@ -74,9 +90,13 @@ class Monitored:
         with urllib.request.urlopen(f"{self._url}/{what}?{urllib.parse.urlencode(asked)}", timeout=10) as answer:
             return json.load(answer)["data"]
 
-    def query(self, text: str) -> list[float]:
+    def series(self, text: str) -> list[tuple[dict[str, str], list[float]]]:
+        """Return labels, and time and value, of each series that a query finds now."""
         found = self._told("query", query=text.replace("$__rate_interval", "15s"))["result"]
-        return [float(each["value"][1]) for each in found]
+        return [(each["metric"], each["value"]) for each in found]
+
+    def query(self, text: str) -> list[float]:
+        return [float(value) for _, (_, value) in self.series(text)]
 
     def up(self) -> dict[str, list[str]]:
         try:
@@ -134,11 +154,31 @@ def test_a_run_is_counted_and_every_panel_shows_something(monitored):
 def test_what_does_not_answer_and_blocks_that_fail_alarm_and_nothing_else_does(monitored):
     alerts = until(lambda: (found := monitored.alerts())["PrefectIsDown"] == "pending" and found,
                    what="the server that is not there is missed", seconds=20)  # fmt: skip
-    assert alerts == dict.fromkeys(ALERTS, "inactive") | {"PrefectIsDown": "pending"}
+    assert alerts == dict.fromkeys(ALERTS, "inactive") | {"PrefectIsDown": "pending", "CertificateExpires": "firing"}
     shard = next(each for each in (monitored.folder / "scan.zarr/0/c").rglob("*") if each.is_file())
     kept = bytearray(shard.read_bytes())
     shard.write_bytes(bytes(each ^ 255 for each in kept[:-100]) + kept[-100:])
     assert monitored.segmented("damaged") == 1
+    shard.write_bytes(kept)
     until(lambda: monitored.alerts()["BlocksFail"] == "firing", what="the alert fires", seconds=20)
     alarmed = {name for name, state in monitored.alerts().items() if state != "inactive"}
-    assert alarmed == {"BlocksFail", "PrefectIsDown"}
+    assert alarmed == {"BlocksFail", "PrefectIsDown", "CertificateExpires"}
+
+
+def test_certificates_are_told_of_before_they_expire_as_each_process_read_them(monitored):
+    left = {(each["job"], each["certificate"]): float(value) for each, (_, value) in monitored.series(
+        "round((haloseg_certificate_expiry_seconds - time()) / 86400)")}  # fmt: skip
+    assert left == {("dask-scheduler", "own"): 31, ("dask-worker", "own"): 29} | {
+        (job, "authority"): 3650 for job in ("dask-scheduler", "dask-worker")
+    }  # fmt: skip
+    told = {(each["alertname"], each["instance"]) for each, _ in monitored.series('ALERTS{alertname=~"Cert.*"}')}
+    assert told == {("CertificateExpires", each) for each in monitored.workers}
+
+
+def test_labels_that_are_not_what_the_network_makes_of_the_scan_alarm(monitored):
+    at = Location(str(monitored.folder / "scan.zarr")) / "labels" / "classes" / "0"
+    labels = open_array(at)
+    core = BlockGrid(SHAPE, (SHARD,) * 3).block(0).core
+    write_shard(labels, core, 1 - np.asarray(labels[core.slices]), location=at)
+    assert monitored.haloseg("verify", monitored.folder / "scan.zarr", "--name", "classes", "--boxes", 4) == 0
+    until(lambda: monitored.alerts()["LabelsDiffer"] == "firing", what="the alert fires", seconds=20)

@@ -19,11 +19,29 @@ def test_means_equal_scikit_image(dtype):
     np.testing.assert_array_equal(got, (np.rint(exact) if np.dtype(dtype).kind == "u" else exact).astype(dtype))
 
 
-@given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 7)] * 3), st.tuples(*[st.sampled_from([1, 2])] * 3))
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint64])
+@pytest.mark.parametrize("factors", [(1, 1, 2), (1, 2, 2), (2, 2, 2)])
+def test_means_of_integers_are_rounded_half_to_even_also_at_both_ends(dtype, factors):
+    ends = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype=np.float64)
+    ends = np.clip(ends, -(2.0**40), 2.0**40)
+    few = np.array([ends[0], ends[0] + 1, -1 if ends[0] else 1, 0, 1, 2, ends[1] - 1, ends[1]])
+    voxels = np.random.default_rng(0).choice(few, (4, 30, 22)).astype(dtype)
+    exact = block_reduce(voxels.astype(np.float64), factors, np.mean)
+    got = downsample(voxels, factors, Downsampling.MEAN)
+    np.testing.assert_array_equal(got, np.rint(exact).astype(dtype))
+    assert (exact % 1 == 0.5).any()
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 7)] * 3), st.tuples(*[st.sampled_from([1, 2])] * 3),
+    st.sampled_from([(np.uint64, [0, 3, 2**40]), (np.uint8, [0, 7, 255]), (np.int16, [-5, 0, 9]), (np.bool_, [0, 1])]),
+)
 @settings(deadline=None)
-def test_modes_are_the_most_frequent_label_the_smallest_of_equals(seed, shape, factors):
-    labels = np.random.default_rng(seed).choice(np.array([0, 3, 2**40], dtype=np.uint64), shape)
+def test_modes_are_the_most_frequent_label_the_smallest_of_equals(seed, shape, factors, kind):
+    dtype, few = kind
+    labels = np.random.default_rng(seed).choice(np.array(few, dtype=dtype), shape)
     got = downsample(labels, factors, Downsampling.MODE)
+    assert got.dtype == dtype
     for cell in product(*(range(n) for n in got.shape)):
         under = labels[tuple(slice(c * f, c * f + f) for c, f in zip(cell, factors, strict=True))]
         padded = np.pad(under, [(0, f - n) for f, n in zip(factors, under.shape, strict=True)], mode="edge")

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from pipeline.geometry.box import Box
 from pipeline.unet.training.borders import REACH, Borders, Separated, in_memory, separated, sum_of_two
@@ -98,6 +99,36 @@ def test_unlabelled_voxels_are_neither_instances_nor_background():
     weights = Borders(ids, (0, 1), (1.0, 1.0), 10.0, 5.0, ignore=9)[:, :]
     assert weights[0, 2] == pytest.approx(10 * np.exp(-4 / 50))
     assert weights[0, 0] == 0
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((9, 10, 11), (0, 1, 2)), ((6, 12, 13), (1, 2)), ((14, 15), (0, 1))])
+def test_beside_a_gap_and_what_nobody_has_labelled_nobody_knows(shape, axes):
+    whole = blobs(shape, seed=6, n=12)
+    lines = np.random.default_rng(1).random(shape[:2]) < 0.3
+    labels = np.where(lines[(..., *(None,) * (len(shape) - 2))], whole, 999)
+    seen, expected = gaps_by_brute_force(np.where(labels == 999, 0, labels), axes), np.full(shape, -1)
+    gaps = (labels != 0) & (labels != 999) & (seen == 0)
+    for at in np.argwhere(labels != 999):
+        around = tuple(slice(max(0, a - 1), a + 2) if axis in axes else a for axis, a in enumerate(at))
+        known = not (seen[tuple(at)] and gaps[around].any() and (labels[around] == 999).any())
+        expected[tuple(at)] = seen[tuple(at)] if known else -1
+    got = in_memory(Separated(labels, axes, ignore=999))
+    assert np.array_equal(got, expected)
+    assert ((got < 0) & (labels != 999)).any()
+    assert np.array_equal(in_memory(Separated(whole, axes, ignore=999)), in_memory(Separated(whole, axes)))
+
+
+def test_single_slices_of_a_volume_of_cells_show_hardly_a_gap_as_inside():
+    rng, shape = np.random.default_rng(0), (40, 60, 60)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    cells = cKDTree(rng.uniform(0, shape[1], (120, 3))).query(grid)[1] + 1
+    labels = np.where(np.arange(40)[:, None, None] % 10, 0x7FFF, cells)
+    full = separated(cells, axes=(0, 1, 2))
+    plain, careful = separated(labels, axes=(0, 1, 2), ignore=0x7FFF), Separated(labels, (0, 1, 2), 0x7FFF)[:, :, :]
+    wrong = [float((full[known == 1] == 0).mean()) for known in (plain, careful)]
+    assert (full[careful == 0] == 0).all()
+    assert wrong[0] > 0.08
+    assert wrong[1] < 0.03
 
 
 def test_one_instance_or_none_has_no_border():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.unet.training.augment import Augmentation
-from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.patches import IGNORED, Patches, Source
 
 STILL = Augmentation(brightness=0, contrast=0)
 

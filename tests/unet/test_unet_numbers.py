@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from pipeline.geometry.box import Box
+from pipeline.geometry.mirror import read_mirrored
 from pipeline.store.moments import Moments, PlaneSums
 from pipeline.store.scaling import Scaling, SliceWindows, Window
 from pipeline.store.statistics import Histogram, Normalisation, merge
 from pipeline.unet.numbers import normalised
+from pipeline.unet.training.orientation import orientations
 from pipeline.unet.training.source import Source
 from pipeline.unet.transfer import staged
 
@@ -40,6 +42,19 @@ def test_training_and_inference_see_the_same_numbers(how, dtype):
     np.testing.assert_allclose(inferred.numpy(), learnt, rtol=0, atol=2e-6)
     if how is Normalisation.WINDOW:
         assert learnt[1].max() == float(inferred[1].max()) == 1  # intensities go on to 199
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "bool", "int16", "float32"])
+@pytest.mark.parametrize("turn", orientations((4, 4, 4), halo=(0, 0, 0), voxel_size_um=None)[::7], ids=str)
+def test_voxels_that_are_turned_and_looked_up_are_those_of_the_formula(dtype, turn):
+    voxels = np.random.default_rng(0).integers(-128, 128, (2, 9, 10, 11)).astype(dtype)
+    windows, box = (Window(3.7, 1 / 3, -0.5, 4.0), Window(-11.0, 0.1)), Box((1, -2, 3), (9, 8, 14))
+    source = Source(voxels, voxels[0], windows, Box.whole(voxels.shape[1:]))
+    seen = read_mirrored(voxels, box).astype(np.float64)
+    exact = [np.clip((x - w.offset) * w.scale, w.low, w.high) for x, w in zip(seen, windows, strict=True)]
+    got = source.intensities(box, turn)
+    assert got.dtype == np.float32
+    assert np.array_equal(got, turn.apply(np.array(exact)).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float64"])

@@ -10,7 +10,8 @@ from scipy import ndimage
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.unet.training.augment import Augmentation, draw_change
-from pipeline.unet.training.patches import IGNORED, Orientation, Patches, Source, orientations
+from pipeline.unet.training.orientation import Orientation, orientations
+from pipeline.unet.training.patches import IGNORED, Patches, Source
 from pipeline.unet.training.warp import batch_of
 
 STILL = Augmentation(brightness=0, contrast=0)
@@ -122,6 +123,20 @@ def test_contrast_scales_and_shifts_intensities_only():
         assert 0.8 <= gain <= 1.2
         assert abs(shift) <= 0.2 + 1e-3
         assert np.array_equal(y, labels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.uint64])
+@pytest.mark.parametrize("n_classes", [2, 3, 12])
+@pytest.mark.parametrize("ignored", [0, 6, 126])
+def test_classes_are_the_positions_of_their_values(dtype, n_classes, ignored):
+    known = tuple(range(1, 121, 10))[:n_classes]
+    labels = np.random.default_rng(0).choice([*known, ignored], (30, 31)).astype(dtype)
+    source = Source(labels[None], labels, ((0.0, 1.0),), Box((0, 4), (30, 20)))
+    patches = replace(patches_of(source, core=(30, 31), halo=(0, 0)), class_values=known, ignore=ignored)
+    got = patches.at(source, Box.whole((30, 31))).classes
+    wanted = {value: number for number, value in enumerate(known)} | {ignored: IGNORED}
+    assert np.array_equal(got[:, 4:20], np.vectorize(wanted.get)(labels[:, 4:20].astype(int)))
+    assert (np.delete(got, np.s_[4:20], axis=1) == IGNORED).all()
 
 
 def test_a_cube_has_48_orientations_and_a_square_8():

@@ -19,7 +19,8 @@ from pipeline.unet.readout import Readout
 from pipeline.unet.settings import Head, Padding, UNetSettings, closed_form_rule
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.losses import Loss, Objective
-from pipeline.unet.training.patches import IGNORED, Patches, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.patches import IGNORED, Patches
 from pipeline.unet.training.recipe import Recipe, load_recipe
 from pipeline.unet.training.source import Source
 from pipeline.unet.training.targets import UNKNOWN, Known, Target, common_windows

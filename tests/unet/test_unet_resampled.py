@@ -14,7 +14,8 @@ from pipeline.geometry.box import Box
 from pipeline.unet.settings import Padding, UNetSettings
 from pipeline.unet.training.augment import Augmentation, Change, Field, Grey
 from pipeline.unet.training.losses import Objective
-from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.patches import IGNORED, Patches, Source
 from pipeline.unet.training.resampled import about_as_large, checked_size, nearest, placed, seen_region, steps_between
 from pipeline.unet.training.validation import validate
 from pipeline.unet.training.warp import batch_of

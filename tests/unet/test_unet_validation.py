@@ -12,7 +12,8 @@ from pipeline.unet.settings import Padding, UNetSettings, closed_form_rule
 from pipeline.unet.training import validation
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.losses import Objective
-from pipeline.unet.training.patches import IGNORED, Patches, Source, orientations
+from pipeline.unet.training.orientation import orientations
+from pipeline.unet.training.patches import IGNORED, Patches, Source
 from pipeline.unet.training.validation import sample, validate
 
 WINDOW = ((100.0, 1 / 64),)

@@ -10,6 +10,7 @@ around as they depend on, so that any part is the same as that part of the whole
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -28,9 +29,12 @@ _FAR = np.float32(np.inf)
 
 @dataclass(frozen=True, slots=True)
 class Separated:
-    """Instances as classes, int16: 1 inside them, 0 elsewhere and where another instance is a neighbour, -1 ignored.
+    """Instances as classes, int8: 1 inside them, 0 elsewhere and where another instance is a neighbour, -1 ignored.
 
-    Neighbours are all of the 3 x 3 (x 3) voxels around, the structuring element of a dilation.
+    Neighbours are all of the 3 x 3 (x 3) voxels around, the structuring element of a dilation. A voxel inside that has
+    a neighbour in a gap, and one that nobody has labelled, is ignored, too: that one may be of another instance. Of
+    FIB-25 with every tenth slice labelled, half of these voxels are gaps, a third of all gaps there; of the others that
+    are inside as far as is labelled, 2 %.
 
     Attributes
     ----------
@@ -48,13 +52,17 @@ class Separated:
         """Voxels along each axis."""
         return self.instances.shape
 
-    def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[np.int16]:
+    def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[np.int8]:
         """Return the classes under the slices."""
         box = _box(index, self.shape)
-        reach = tuple(int(axis in self.axes) for axis in range(box.ndim))
-        around = box.grow(reach).clip(self.shape)
+        n_steps = 1 if self.ignore is None else 2
+        around = box.grow(tuple(n_steps * (axis in self.axes) for axis in range(box.ndim))).clip(self.shape)
         ids = np.asarray(self.instances[around.slices])
         classes = separated(ids, axes=self.axes, ignore=self.ignore)
+        if self.ignore is not None:
+            gaps, unknown = (classes == 0) & (ids != 0), classes < 0
+            unsure = (classes == 1) & beside(gaps, axes=self.axes) & beside(unknown, axes=self.axes)
+            classes[unsure] = -1
         return classes[box.inside(around)]
 
 
@@ -99,15 +107,22 @@ class Borders:
 
 def separated(
     ids: NDArray[Any], *, axes: tuple[int, ...], ignore: int | None = None
-) -> NDArray[np.int16]:
-    """Return the classes of instances, int16: 1 inside, 0 outside and beside another instance, -1 ignored."""
+) -> NDArray[np.int8]:
+    """Return the classes of instances, int8: 1 inside, 0 outside and beside another instance, -1 ignored."""
     unknown = np.zeros(ids.shape, bool) if ignore is None else ids == ignore
     inside = (ids != 0) & ~unknown
     alone = inside.copy()
-    for step in product(*((-1, 0, 1) if axis in axes else (0,) for axis in range(ids.ndim))):
-        here, there = _pair(step)
+    for here, there in _neighbours(ids.ndim, axes):
         alone[here] &= ~inside[there] | (ids[here] == ids[there])
-    return np.where(unknown, -1, alone).astype(np.int16)
+    return np.where(unknown, -1, alone).astype(np.int8)
+
+
+def beside(mask: NDArray[np.bool_], *, axes: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return which voxels are in a mask or have a neighbour there, along these axes."""
+    near = mask.copy()
+    for here, there in _neighbours(mask.ndim, axes):
+        near[here] |= mask[there]
+    return near
 
 
 def sum_of_two(
@@ -168,6 +183,12 @@ def _merged(best: tuple[NDArray[Any], ...], far: NDArray[Any], who: NDArray[Any]
         np.where(nearer & ~same, d1, np.where(second, far, d2)),
         np.where(nearer & ~same, i1, np.where(second, who, i2)),
     )  # fmt: skip
+
+
+def _neighbours(n_axes: int, axes: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield slices of voxels and of their neighbours, for each of the 3 x 3 (x 3) around along these axes."""
+    for step in product(*((-1, 0, 1) if axis in axes else (0,) for axis in range(n_axes))):
+        yield _pair(step)
 
 
 def _pair(step: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -169,7 +169,7 @@ def _spent(elapsed_s: float, minutes: float | None) -> float:
 def _objective(patches: Patches, recipe: Recipe, device: str) -> Objective:
     """Return the loss, with weights by the frequency of classes where they are asked for."""
     weights = balanced(torch.from_numpy(patches.class_counts())).to(device) if recipe.balance_classes else None
-    return Objective(recipe.loss, weights, recipe.focal_gamma)
+    return Objective(recipe.loss, weights, recipe.focal_gamma, patches.n_overlapping)
 
 
 def _finite(loss: float, step: int) -> float:

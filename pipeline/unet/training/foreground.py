@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from pipeline.errors import ArgumentError
 MOST_VOXELS = 2**14
 _SEED = 0
 
-Seen = tuple[int, tuple[int, ...], NDArray[np.int64]]
+Seen = tuple[int, tuple[int, ...], NDArray[np.signedinteger[Any]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

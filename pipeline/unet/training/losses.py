@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import ArgumentError
+from pipeline.unet.training.overlapping import MOST_LABELS
 from pipeline.unet.training.patches import IGNORED
 from pipeline.unet.training.team import total
 
@@ -25,7 +26,7 @@ class Loss(StrEnum):
     CROSS_ENTROPY = "cross_entropy"  # of a softmax; the paper's
     DICE = "dice"  # one minus the overlap of each class (doi:10.1109/3DV.2016.79)
     DICE_CROSS_ENTROPY = "dice_cross_entropy"  # their sum
-    BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # of a sigmoid for each class but the first, which is none of them
+    BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # of a sigmoid for each label, or each class but the first, none
     FOCAL = "focal"  # cross-entropy with less of what is right already (doi:10.1109/ICCV.2017.324)
     L1 = "l1"  # of values: the mean distance from the target; tends to the median of what may be
     L2 = "l2"  # of values: the mean squared distance; tends to the mean
@@ -49,11 +50,13 @@ class Objective:
     ----------
     class_weights : float32 (classes,), the paper's w_c; None: all are one
     focal_gamma : how much less easy voxels count
+    n_overlapping : labels whose codes are compared, see ``Overlapping``; 0: each voxel is of one class
     """
 
     loss: Loss = Loss.CROSS_ENTROPY
     class_weights: Tensor | None = None
     focal_gamma: float = 2.0
+    n_overlapping: int = 0
 
     def __call__(
         self, logits: Tensor, classes: Tensor, borders: Tensor | None = None, target: Tensor | None = None
@@ -80,7 +83,8 @@ class Objective:
             case Loss.DICE_CROSS_ENTROPY:
                 return dice(logits, classes) + cross_entropy(logits, classes, weights)
             case Loss.BINARY_CROSS_ENTROPY:
-                return binary_cross_entropy(logits, classes, weights)
+                truth, known = (of_codes if self.n_overlapping else of_classes)(classes, logits.shape[1])
+                return binary_cross_entropy(logits, truth, weights.unsqueeze(1) * known)
             case Loss.FOCAL:
                 return focal(logits, classes, weights, gamma=self.focal_gamma)
             case Loss.L1 | Loss.L2:
@@ -126,11 +130,26 @@ def focal(logits: Tensor, classes: Tensor, weights: Tensor, *, gamma: float) -> 
     return _mean(wrong.clamp_min(torch.finfo(logits.dtype).tiny) ** gamma * minus_log, weights)
 
 
-def binary_cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean of the cross-entropies of all channels; channel c tells of class c + 1, and of class 0 none."""
-    truth = _one_hot(classes, logits.shape[1] + 1)[:, 1:].to(logits.dtype)
-    each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return _mean(each.mean(dim=1), weights)
+def binary_cross_entropy(logits: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of the cross-entropies of all channels over the weights; all of the logits' shape."""
+    each = functional.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
+    return _mean(each, weights)
+
+
+def of_classes(classes: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return which voxels have each of ``n`` labels, and of which that is known, bool (batch, n, *core).
+
+    Channel c tells of class c + 1, and of class 0 none does.
+    """
+    known = (classes != IGNORED).unsqueeze(1)
+    return _one_hot(classes, n + 1)[:, 1:], known.expand(-1, n, *known.shape[2:])
+
+
+def of_codes(codes: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the same of overlapping labels; see ``Overlapping``."""
+    bits = torch.arange(n, device=codes.device).reshape(1, n, *(1,) * (codes.ndim - 1))
+    spread = codes.unsqueeze(1)
+    return (spread >> bits & 1) > 0, (spread >= 0) & ((spread >> (MOST_LABELS + bits) & 1) == 0)
 
 
 def distance(values: Tensor, target: Tensor, weights: Tensor, *, power: int) -> Tensor:

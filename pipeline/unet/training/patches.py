@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,16 @@ from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.unet.training.augment import Augmentation, Change, Field, Grey, draw_change
 from pipeline.unet.training.foreground import Foreground, find_foreground, find_labelled
+from pipeline.unet.training.orientation import Orientation
+from pipeline.unet.training.overlapping import UNKNOWN, label_by_label
 from pipeline.unet.training.resampled import nearest, placed
 from pipeline.unet.training.source import Source
 
-IGNORED = -100
-_N_BYTES = 256
+IGNORED = UNKNOWN
+_BYTES = np.arange(256, dtype=np.uint8)
+_FEW_CLASSES = 8
+
+Classes = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,14 +47,14 @@ class Patch:
     Attributes
     ----------
     image : float32, (channels, *tile), or what the change's field asks for instead of the tile
-    classes : int64, (*core), or what the field asks for instead; IGNORED where they do not count
+    classes : integers, (*core), or what the field asks for instead; IGNORED where they do not count
     borders : float32, of the shape of ``classes``
     tile, core : shapes of what enters the network and of what is compared with the labels
     target : float32, (channels, *core), or what the field asks for instead
     """
 
     image: NDArray[np.float32]
-    classes: NDArray[np.int64]
+    classes: Classes
     borders: NDArray[np.float32] | None
     tile: tuple[int, ...]
     core: tuple[int, ...]
@@ -59,59 +63,12 @@ class Patch:
 
 
 @dataclass(frozen=True, slots=True)
-class Orientation:
-    """One of the right-angle rotations and reflections of an array's last axes."""
-
-    order: tuple[int, ...]
-    flipped: tuple[bool, ...]
-
-    @classmethod
-    def none(cls, n_axes: int) -> Orientation:
-        """Return the orientation that changes nothing."""
-        return cls(tuple(range(n_axes)), (False,) * n_axes)
-
-    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Return the array with its last axes in another order and direction; the same for image and labels."""
-        front = array.ndim - len(self.order)
-        turned: NDArray[Any] = array.transpose(*range(front), *(front + axis for axis in self.order))
-        return np.flip(turned, tuple(front + axis for axis, flip in enumerate(self.flipped) if flip))
-
-    def along(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """Return what belongs to each axis in the order of the turned axes."""
-        return tuple(values[axis] for axis in self.order)
-
-    def towards(self, offset: tuple[float, ...]) -> tuple[float, ...]:
-        """Return an offset as it is once everything is turned."""
-        return tuple(-a if flip else a for a, flip in zip(self.along(offset), self.flipped, strict=True))
-
-    def before(self, margins: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        """Return which voxels before and after a box become these margins of it once it is turned."""
-        sides = [margin[::-1] if flip else margin for margin, flip in zip(margins, self.flipped, strict=True)]
-        return tuple(sides[self.order.index(axis)] for axis in range(len(sides)))
-
-
-def orientations(
-    core: tuple[int, ...], *, halo: tuple[int, ...], voxel_size_um: tuple[float, ...] | None
-) -> tuple[Orientation, ...]:
-    """Return all orientations that keep a patch's shape and voxel size; voxels of unknown size count as cubes.
-
-    The first one changes nothing.
-    """
-    size = voxel_size_um or (1.0,) * len(core)
-    alike = list(zip(core, halo, (round(s / min(size), 3) for s in size), strict=True))
-    axes = range(len(core))
-    orders = [order for order in product(axes, repeat=len(core)) if sorted(order) == list(axes)]
-    kept = [order for order in orders if all(alike[a] == alike[b] for a, b in zip(order, axes, strict=True))]
-    return tuple(Orientation(order, flips) for order in kept for flips in product((False, True), repeat=len(core)))
-
-
-@dataclass(frozen=True, slots=True)
 class Patches:
     """Where patches come from and what they look like; axes are the images' spatial ones.
 
     Attributes
     ----------
-    class_values : label values, ascending; their positions are the classes
+    class_values : label values, ascending; their positions are the classes; empty: the labels are codes
     n_axes : axes of the network; of a volume's patches it sees the last two where this is 2
     turns : orientations to draw from
     augmentation : how far drawn patches are changed
@@ -119,6 +76,7 @@ class Patches:
     ignore : label value of voxels that nobody has labelled
     foreground : voxels that part of the patches are centred on; None: all lie anywhere
     labelled : voxels of which each of the others shows one; None: they lie anywhere
+    n_overlapping : labels whose codes the sources have, see ``Overlapping``; 0: each voxel is of one class
     """
 
     sources: tuple[Source, ...]
@@ -132,6 +90,7 @@ class Patches:
     ignore: int | None = None
     foreground: Foreground | None = None
     labelled: Foreground | None = None
+    n_overlapping: int = 0
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -147,18 +106,19 @@ class Patches:
         change, core = self._in_voxels_of(source, core, turn, change)
         field = change.field if change else None
         seen = self._reached(core.grow(self.halo), turn, field)
-        x, known = source.intensities(seen), self._reached(core, turn, field)
+        known = self._reached(core, turn, field) if any(self.halo) else seen
+        x = source.intensities(seen, turn)
         y, front = self._classes(source, known), len(self.core) - self.n_axes
         w = None if source.borders is None else read_mirrored(source.borders, known)
         t = None if source.target is None else source.target.values(known)
 
-        def shown(part: NDArray[Any], axis: int) -> NDArray[Any]:
-            turned = turn.apply(part)  # an axis across slices has one voxel
-            return turned.reshape(turned.shape[:axis] + turned.shape[axis + front :]).copy()
+        def shown(turned: NDArray[Any], axis: int) -> NDArray[Any]:
+            front_less = turned.reshape(turned.shape[:axis] + turned.shape[axis + front :])
+            return np.ascontiguousarray(front_less)  # an axis across slices had one voxel
 
-        borders = None if w is None else shown(w, 0).astype(np.float32)
-        target = None if t is None else shown(t, 1)
-        return Patch(shown(x, 1), shown(y, 0), borders, self.tile, self.core[front:], change, target)
+        borders = None if w is None else shown(turn.apply(w), 0).astype(np.float32, copy=False)
+        target = None if t is None else shown(turn.apply(t), 1)
+        return Patch(shown(x, 1), shown(turn.apply(y), 0), borders, self.tile, self.core[front:], change, target)
 
     def _in_voxels_of(
         self, source: Source, core: Box, turn: Orientation, change: Change | None
@@ -189,8 +149,10 @@ class Patches:
         ------
         ArgumentError : the regions have voxels of one class only.
         """
-        blocks = ((number, box.start, classes) for number, box, classes in self._labelled())
-        n_classes, n_sources = len(self.class_values), len(self.sources)
+        blocks = (
+            (number, box.start, each) for number, box, classes in self._labelled() for each in self._apart(classes)
+        )
+        n_classes, n_sources = len(self.class_values) or self.n_overlapping + 1, len(self.sources)
         return replace(self, foreground=find_foreground(blocks, n_classes=n_classes, n_sources=n_sources, share=share))
 
     def with_labelled(self) -> Patches:
@@ -244,13 +206,17 @@ class Patches:
             counts += np.bincount(found[found != IGNORED], minlength=len(counts))
         return counts
 
-    def _labelled(self) -> Iterator[tuple[int, Box, NDArray[np.int64]]]:
+    def _labelled(self) -> Iterator[tuple[int, Box, Classes]]:
         """Yield all regions block by block: the number of the source, the box, the classes in it."""
         for number, source in enumerate(self.sources):
             seen = source.seen
             for block in BlockGrid(seen.shape, self.core):
                 box = block.core.shift(seen.start)
                 yield number, box, self._seen_classes(source, box)
+
+    def _apart(self, classes: Classes) -> list[Classes]:
+        """Return classes of which each voxel has one; those of overlapping labels one after the other."""
+        return [*label_by_label(classes, self.n_overlapping)] if self.n_overlapping else [classes]
 
     def _starts(self, source: Source) -> list[tuple[int, int]]:
         """Return the first and the last start of a core along every axis, in the region or around all of it."""
@@ -269,23 +235,34 @@ class Patches:
             tuple(b + m for b, (_, m) in zip(box.stop, margins, strict=True)),
         )
 
-    def _classes(self, source: Source, box: Box) -> NDArray[np.int64]:
+    def _classes(self, source: Source, box: Box) -> Classes:
         """Return the classes in a box, IGNORED outside the region and where nobody has labelled."""
-        inside = box.intersect(source.region).shift(tuple(-a for a in box.start))
-        y = np.full(box.shape, IGNORED, np.int64)
-        y[inside.slices] = self._of_values(read_mirrored(source.labels, box)[inside.slices])
+        labels, inside = read_mirrored(source.labels, box), box.intersect(source.region)
+        if inside == box:
+            return self._of_values(labels)
+        slices = inside.inside(box)
+        classes = self._of_values(labels[slices])
+        y = np.full(box.shape, IGNORED, classes.dtype)
+        y[slices] = classes
         return y
 
-    def _of_values(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the classes of label values, IGNORED where nobody has labelled; those of bytes are looked up."""
-        if labels.dtype == np.uint8 and labels.size > _N_BYTES:
-            return self._of_values(np.arange(_N_BYTES, dtype=np.int64)).take(labels)
-        found = np.searchsorted(self.class_values, labels).astype(np.int64)
+    def _of_values(self, labels: NDArray[Any]) -> Classes:
+        """Return the classes of label values, IGNORED where nobody has labelled; a few are counted, not searched."""
+        if self.n_overlapping:
+            return labels
+        if len(self.class_values) <= _FEW_CLASSES:
+            found = np.zeros(labels.shape, np.int16)
+            for value in self.class_values[:-1]:
+                found += labels > value
+        elif labels.dtype.itemsize == 1 and labels.size > len(_BYTES):
+            return self._of_values(_BYTES.view(labels.dtype)).take(labels.view(np.uint8))
+        else:
+            found = np.searchsorted(self.class_values, labels).astype(np.int16)
         if self.ignore is not None:
             found[labels == self.ignore] = IGNORED
         return found
 
-    def _seen_classes(self, source: Source, box: Box) -> NDArray[np.int64]:
+    def _seen_classes(self, source: Source, box: Box) -> Classes:
         """Return the classes in a box of voxels that the network sees."""
         if not source.steps:
             return self._classes(source, box)

@@ -79,7 +79,8 @@ class Recipe:
     warm_up_steps : over which the rate rises to what the schedule says
     plateau_patience : of the schedule plateau, validations without progress
     clip_norm : longest gradient, as the norm over all weights; a longer one is shortened; 0 takes all as they are
-    loss : what is made small; binary_cross_entropy makes a sigmoid head; l1 and l2 make a linear one, which learns
+    loss : what is made small; binary_cross_entropy makes a sigmoid head, which several label volumes that overlap need
+        (train --labels A,B); l1 and l2 make a linear one, which learns
         target images instead of labels: denoising, say. Targets keep their grey values: set brightness and contrast of
         [augmentation] to 0, as the recipe ``regression`` does, or the network learns to undo them
     focal_gamma : of the focal loss, how much less a voxel counts that is nearly right

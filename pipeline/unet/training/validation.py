@@ -18,7 +18,8 @@ from pipeline.geometry.tiles import TileRule
 from pipeline.unet.network import UNet, classes_of
 from pipeline.unet.settings import Head, closed_form_rule
 from pipeline.unet.training.course import Validation
-from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.losses import Objective, of_codes
+from pipeline.unet.training.overlapping import first_of
 from pipeline.unet.training.patches import IGNORED, Patches
 from pipeline.unet.training.source import Source
 from pipeline.unet.training.warp import Batch, batch_of
@@ -37,7 +38,7 @@ def validate(
     ArgumentError : no voxel of the regions is labelled.
     """
     network.eval()
-    tally: _Tally = _Errors() if network.settings.head is Head.LINEAR else _Overlaps(network)
+    tally = _tally(network, patches)
     total, n_voxels = 0.0, 0
     with torch.inference_mode():
         for source, logits, batch in _tiles(network, patches, device=device):
@@ -62,7 +63,8 @@ class Sample:
     Attributes
     ----------
     image : float32, the first channel of what entered the network, (*tile)
-    truth, found : classes, int64 (*core), IGNORED where they do not count; of targets the first channel, float32
+    truth, found : classes, int64 (*core), IGNORED where they do not count; of overlapping labels the first that a voxel
+        has, and the likeliest; of targets the first channel, float32
     """
 
     image: NDArray[np.float32]
@@ -78,7 +80,8 @@ def sample(network: UNet, patches: Patches, *, device: str) -> Sample:
     image = batch.images[0, 0].cpu().numpy()
     if batch.target is not None:
         return Sample(image, batch.target[0, 0].cpu().numpy(), logits[0, 0].cpu().numpy())
-    return Sample(image, batch.classes[0].cpu().numpy(), classes_of(logits, network.settings.head)[0].cpu().numpy())
+    truth, found = batch.classes[0].cpu().numpy(), classes_of(logits, network.settings.head)[0].cpu().numpy()
+    return Sample(image, first_of(truth) if patches.n_overlapping else truth, found)
 
 
 class _Tally(Protocol):
@@ -109,8 +112,33 @@ class _Overlaps:
 
     def figures(self) -> dict[str, Any]:
         """Return 2 (both) / (either) of each class; None where there is none of it."""
-        pairs = zip(self._both.tolist(), self._either.tolist(), strict=True)
-        return {"dice": tuple(2 * b / e if e else None for b, e in pairs)}
+        return {"dice": _dice(self._both, self._either)}
+
+
+class _EachLabel:
+    """Dice of voxels without a label, and of each of the labels, which may overlap; where they are known."""
+
+    def __init__(self, n_labels: int) -> None:
+        self._n = n_labels
+        self._both, self._either = torch.zeros((2, n_labels + 1), dtype=torch.int64)
+
+    def add(self, source: Source, logits: Tensor, batch: Batch, counted: Tensor) -> None:
+        """Take one core."""
+        del source, counted
+        want, known = (each.cpu() for each in of_codes(batch.classes, self._n))
+        got = logits.cpu() > 0
+        every = known.all(dim=1, keepdim=True)
+        got, want, known = (
+            torch.cat([first, each], dim=1)
+            for first, each in ((~got.any(1, keepdim=True), got), (~want.any(1, keepdim=True), want), (every, known))
+        )
+        over = (0, *range(2, got.ndim))
+        self._both += (got & want & known).sum(over)
+        self._either += (got & known).sum(over) + (want & known).sum(over)
+
+    def figures(self) -> dict[str, Any]:
+        """Return 2 (both) / (either) of each; None where there is none of it."""
+        return {"dice": _dice(self._both, self._either)}
 
 
 class _Errors:
@@ -131,6 +159,17 @@ class _Errors:
     def figures(self) -> dict[str, Any]:
         """Return the ratio in dB; None where nothing differs."""
         return {"dice": (), "psnr": -10 * math.log10(self._sum / self._n) if self._sum else None}
+
+
+def _dice(both: Tensor, either: Tensor) -> tuple[float | None, ...]:
+    return tuple(2 * b / e if e else None for b, e in zip(both.tolist(), either.tolist(), strict=True))
+
+
+def _tally(network: UNet, patches: Patches) -> _Tally:
+    """Return what adds up the figures of a network."""
+    if network.settings.head is Head.LINEAR:
+        return _Errors()
+    return _EachLabel(patches.n_overlapping) if patches.n_overlapping else _Overlaps(network)
 
 
 def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]:

@@ -113,7 +113,8 @@ def _as_read(patches: Sequence[Patch], *, device: str) -> Batch:
     images, classes = stacked([p.image for p in patches]), stacked([p.classes for p in patches])
     assert images is not None
     assert classes is not None
-    return Batch(images, classes, stacked([p.borders for p in patches]), stacked([p.target for p in patches]))
+    borders, target = stacked([p.borders for p in patches]), stacked([p.target for p in patches])
+    return Batch(images, classes.long(), borders, target)
 
 
 def _warped(patches: Sequence[Patch], *, device: str) -> Batch:
@@ -127,7 +128,7 @@ def _warped(patches: Sequence[Patch], *, device: str) -> Batch:
     borders, targets = [p.borders[None] for p in patches if p.borders is not None], [p.target for p in patches]
     weights = linear(Ragged.of(borders, device=device), known)[:, 0] if borders else None
     if targets[0] is None:
-        return Batch(linear(images, seen), nearest(classes, known), weights)
+        return Batch(linear(images, seen), nearest(classes, known).long(), weights)
     # a value between voxels is known where all of them are
     share = linear(replace(classes, flat=(classes.flat != IGNORED).float()), known)[:, 0]
     target = linear(Ragged.of([each for each in targets if each is not None], device=device), known)
