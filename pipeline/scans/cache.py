@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.scans.scratch import Scratch
+from pipeline.scans.scratch import Pieces, Scratch
 
 BUDGET_BYTES = 256 << 20
 
@@ -42,12 +42,15 @@ class SegmentCache:
         with self._lock:
             return key in self._kept or key in self._coming or key in self._scratch
 
-    def get(self, key: Hashable, make: Callable[[], NDArray[Any]], *, again: bool = False) -> NDArray[Any]:
+    def get(
+        self, key: Hashable, make: Callable[[], NDArray[Any]], *, again: bool = False, pieces: Pieces | None = None
+    ) -> NDArray[Any]:
         """Return the read-only array under ``key``, made if need be; all threads that wait get what ``make`` raises.
 
         Parameters
         ----------
         again : whether others will want it, too, since only a part of it is wanted now
+        pieces : how it is made on the disk, where that has room for it, without being in memory whole
         """
         with self._lock:
             if key in self._kept:
@@ -60,14 +63,18 @@ class SegmentCache:
                 self._coming[key] = mine
         if coming is not None:
             return coming.result()
-        return self._make(key, make, again=again, mine=mine)
+        return self._make(key, make, again=again, pieces=pieces, mine=mine)
 
     def _make(
-        self, key: Hashable, make: Callable[[], NDArray[Any]], *, again: bool, mine: Future[NDArray[Any]]
-    ) -> NDArray[Any]:
+        self, key: Hashable, make: Callable[[], NDArray[Any]], *, again: bool, pieces: Pieces | None,
+        mine: Future[NDArray[Any]],
+    ) -> NDArray[Any]:  # fmt: skip
         spare = Spare()
         try:
             array = self._scratch.get(key)
+            if array is None and pieces is not None:
+                self._scratch.fill(key, pieces)
+                array = self._scratch.get(key)
             if array is None:
                 array = _owned(make())
                 array.flags.writeable = False

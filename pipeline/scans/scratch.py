@@ -6,7 +6,10 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 from weakref import finalize
@@ -21,11 +24,30 @@ _MOST_ARRAYS = 1 << 16  # whose places are remembered: 20 MiB
 _ON_DISK = "/var/tmp"  # by custom: /tmp may lie in memory
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """An array that comes piece by piece, in C order."""
+
+    make: Callable[[], Iterable[NDArray[Any]]]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all of it."""
+        return self.dtype.itemsize * prod(self.shape)
+
+
+class _NoRoomError(Exception):
+    """The disk takes no more."""
+
+
 class _File:
     """Arrays one after another in a file without a name, whose room is free again once nobody reads it any more."""
 
     def __init__(self, *, most_bytes: int, most_arrays: int) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder())  # noqa: SIM115 open until it is closed
+        with _no_room():
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder())  # noqa: SIM115 open until it is closed
         self.close = finalize(self, self._file.close)
         about = os.fstatvfs(self._file.fileno())
         self._n_left = min(most_bytes, about.f_bavail * about.f_frsize // 4)
@@ -38,12 +60,14 @@ class _File:
     def has_room(self, n_bytes: int) -> bool:
         return n_bytes <= self._n_left and len(self._places) < self._most_arrays
 
-    def put(self, key: Hashable, array: NDArray[Any]) -> None:
+    def put(self, key: Hashable, pieces: Pieces) -> None:
         offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(array.data.cast("B"))
-        self._file.flush()
-        self._n_left -= array.nbytes
-        self._places[key] = offset, array.dtype, array.shape
+        self._n_left -= pieces.n_bytes
+        for piece in pieces.make():
+            with _no_room():
+                self._file.write(piece.data.cast("B"))
+                self._file.flush()
+        self._places[key] = offset, pieces.dtype, pieces.shape
 
     def get(self, key: Hashable) -> NDArray[Any]:
         offset, dtype, shape = self._places[key]
@@ -74,12 +98,16 @@ class Scratch:
 
     def put(self, key: Hashable, array: NDArray[Any]) -> None:
         """Keep an array, unless the disk has no room for it, which is told once."""
+        self.fill(key, Pieces(lambda: [array], array.dtype, array.shape))
+
+    def fill(self, key: Hashable, pieces: Pieces) -> None:
+        """Keep an array that comes in pieces, which are not made where the disk has no room."""
         with self._lock:
             try:
-                if not (self._files and self._files[-1].has_room(array.nbytes)):
-                    self._begin(array.nbytes)
-                self._files[-1].put(key, array)
-            except OSError as error:
+                if not (self._files and self._files[-1].has_room(pieces.n_bytes)):
+                    self._begin(pieces.n_bytes)
+                self._files[-1].put(key, pieces)
+            except _NoRoomError as error:
                 if not self._told:
                     log.warning(
                         "parts of the scan that several blocks need are decoded for each, since %s has no room: %s; "
@@ -90,14 +118,23 @@ class Scratch:
     def _begin(self, n_bytes: int) -> None:
         """Begin a file, and let go of the one before the last."""
         if lies_in_memory(folder()):
-            raise OSError("it lies in memory")
+            raise _NoRoomError("it lies in memory")
         file = _File(most_bytes=self._most_bytes, most_arrays=self._most_arrays)
         if not file.has_room(n_bytes):
             file.close()
-            raise OSError(f"{n_bytes:,} bytes are wanted")
+            raise _NoRoomError(f"{n_bytes:,} bytes are wanted")
         self._files.append(file)
         while len(self._files) > 2:
             self._files.pop(0).close()
+
+
+@contextmanager
+def _no_room() -> Iterator[None]:
+    """Tell a disk that takes no more apart from storage that fails where an array comes from."""
+    try:
+        yield
+    except OSError as error:
+        raise _NoRoomError(str(error)) from error
 
 
 def folder() -> str:

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from pipeline.scans.cache import DECODED
 from pipeline.scans.files import Read, by_ranges, fetched, is_remote
 from pipeline.scans.lazy import damaged
+from pipeline.scans.scratch import Pieces
+from pipeline.scans.tiff_inflate import Inflate
 
 Decode = Callable[..., tuple[NDArray[Any] | None, tuple[int, ...], tuple[int, ...]]]
 Wanted = tuple[NDArray[Any], int, int]  # where voxels go, and the numbers of the page and the segment they come from
@@ -53,6 +55,7 @@ class SegmentSource:
     nodata : what a segment that was never written shows
     stamp : what the file was when it was opened; decoded segments are remembered under it
     reopen : function that makes this source again from its path, in another process
+    inflate : what decodes segments, which are long, some rows at a time; None where they are decoded whole
     """
 
     path: str
@@ -65,6 +68,7 @@ class SegmentSource:
     nodata: float
     stamp: tuple[int, str]
     reopen: Callable[[str], Any]
+    inflate: Inflate | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return self.reopen, (self.path,)
@@ -110,7 +114,7 @@ class SegmentSource:
     @contextmanager
     def _reader(self, wanted: list[Wanted]) -> Iterator[Read]:
         """Yield what reads segments; of a remote file, all that are not decoded yet are asked for at once."""
-        if not is_remote(self.path):
+        if self.inflate or not is_remote(self.path):
             with by_ranges(self.path) as read:
                 yield read
             return
@@ -169,7 +173,9 @@ class SegmentSource:
         _, start, shape = what.decode(None, segment, **what.options)
         ends = zip(inside, start, (1, *shape), self.page_shape, strict=True)
         in_part = any(first < s.start or s.stop < min(first + n, most) for s, first, n, most in ends)
-        return DECODED.get((self.path, self.stamp, page, segment), make, again=in_part), start
+        place, inflate = (what.offsets[segment], what.counts[segment]), self.inflate
+        pieces = Pieces(lambda: inflate(read, *place, shape), self.dtype, shape) if inflate else None
+        return DECODED.get((self.path, self.stamp, page, segment), make, again=in_part, pieces=pieces), start
 
     def _paste(
         self, target: NDArray[Any], decoded: tuple[NDArray[Any], tuple[int, ...]], *, inside: list[slice]
