@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import prod
 from typing import Any, cast
@@ -35,6 +35,7 @@ from flows.watching import SHARED_RUNNER, logged, watched
 from pipeline.compare import Compared
 from pipeline.compute.address import check_cluster
 from pipeline.compute.cluster import DaskRunner, device_at, open_runner
+from pipeline.compute.hosts import here
 from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import UNCOUNTED_WORKERS, Precision, Scheme, Tta
@@ -53,6 +54,7 @@ from pipeline.store.shelf import model_path
 from pipeline.unet.device import pick_device, workers_here
 
 LOCAL_WORKERS = 2  # of a cluster that a flow starts, where there is no GPU
+_MOST_HOSTS = 4  # beside a flow's own process, which may be one of several on a small node
 
 Figures = Evaluated | Compared
 Made = tuple[Segmented, Figures | None]
@@ -65,12 +67,18 @@ def ingest_stage(
     """Make the image; returns its path, and which blocks had to be copied again."""
     if scan == image and read_image(Location(image)) is not None:
         return image, Retries()
-    with watched(key=key_of(image)) as watch:
+    with watched(key=key_of(image)) as watch, _copying(scan) as run:
         again = RetriesWatch(watch)
-        made = ingest(scan, image, shard=shard, overwrite=overwrite, watch=again)
+        made = ingest(scan, image, shard=shard, overwrite=overwrite, run=run, watch=again)
     get_run_logger().info("image %s: %s voxels", made.location, "x".join(map(str, made.spatial_shape)))
     _warn_of(again.retries)
     return str(made.location), again.retries
+
+
+def _copying(scan: str) -> AbstractContextManager[RunBlocks]:
+    """Return what copies a scan: those workers of an archive's cluster that have no GPU, or else this machine."""
+    shared = SHARED_RUNNER.get()
+    return nullcontext(shared) if shared and shared.can_copy(scan) else here(n_most=_MOST_HOSTS)
 
 
 def _warn_of(retries: Retries) -> None:

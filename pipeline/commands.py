@@ -92,9 +92,10 @@ def segment(args: Namespace) -> Document:
     with bars(shown=True) as watch:
         scheme = _scheme_of(args)
         with _held(resolve_name("pipeline.segment:image_of")(args.image)):
-            image = resolve_name("pipeline.segment:as_image")(
-                args.image, model=_model(args.model), name=args.name, scheme=scheme, watch=watch
-            )
+            with _here() as run:
+                image = resolve_name("pipeline.segment:as_image")(
+                    args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
+                )
             what = _plan(args, image, name=args.name, scheme=scheme)
             with _runner(args, what, scheme) as run:
                 result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
@@ -244,16 +245,25 @@ def _runner(args: Namespace, what: Any, scheme: Scheme) -> AbstractContextManage
     if not n_missing:
         return nullcontext(run_serial)
     left = what.multiply_adds * n_missing // len(what.grid)
-    return _opened(args.cluster, min(what.n_workers, scheme.shared(left), n_missing), device=what.device)
+    n_workers = min(what.n_workers, scheme.shared(left), n_missing)
+    if args.cluster == "local" and n_workers == 1 and not args.workers:
+        return _here()
+    return _opened(args.cluster, n_workers, device=what.device)
 
 
 def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
-    """Return what runs the blocks of an ingest, whose number is not known yet: this process, unless told otherwise."""
-    return _opened(args.cluster, args.workers or 1)
+    """Return what runs the blocks of an ingest: as many processes here as it is worth, unless told otherwise."""
+    return _opened(args.cluster, args.workers) if args.workers or args.cluster != "local" else _here()
 
 
-def _opened(cluster: str, n_workers: int, *, device: str = "cpu") -> AbstractContextManager[RunBlocks]:
+def _here() -> AbstractContextManager[RunBlocks]:
+    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.hosts:here")()
+    return runner
+
+
+def _opened(cluster: str, n_workers: int | None, *, device: str = "cpu") -> AbstractContextManager[RunBlocks]:
     """Return what runs blocks in so many processes; a GPU serves one."""
+    n_workers = n_workers or 1  # of a cluster that has its own
     if cluster == "local" and n_workers == 1:
         return nullcontext(run_serial)
     gpus = _gpus(n_workers) if cluster == "local" and device == "cuda" else ()

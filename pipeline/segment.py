@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.compute.levels import build_levels
 from pipeline.compute.retries import Retries, RetriesWatch
-from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
+from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_serial
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import Scheme
 from pipeline.errors import QuarantineError
@@ -172,7 +172,8 @@ def _run(plan: Plan, done: set[int], *, run: RunBlocks, tally: _Tally) -> tuple[
 
 
 def as_image(
-    path: str, *, model: str, name: str, scheme: Scheme = USUAL, watch: Watcher = UNWATCHED
+    path: str, *, model: str, name: str, scheme: Scheme = USUAL, run: RunBlocks = run_serial,
+    watch: Watcher = UNWATCHED,
 ) -> str:
     """Return the path of the image at ``path``; a scan is ingested beside itself first, if it can be segmented then.
 
@@ -194,9 +195,9 @@ def as_image(
     there = read_image(beside)
     if there is not None and there.statistics and identity(path, scan).items() <= there.scan.items():
         if there.lacks_slices and network.scaling.is_slicewise:
-            measure(there, watch=watch)
+            measure(there, run=run, watch=watch)
         return str(beside)
-    return str(ingest(path, str(beside), watch=watch).location)
+    return str(ingest(path, str(beside), run=run, watch=watch).location)
 
 
 def image_of(path: str) -> str:

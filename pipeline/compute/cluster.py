@@ -20,7 +20,7 @@ from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
 from pipeline.compute.asking import tell_all
-from pipeline.compute.devices import device_of
+from pipeline.compute.devices import can_copy, device_of
 from pipeline.compute.local import local_client
 from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
@@ -95,6 +95,15 @@ class DaskRunner:
                 f"the workers must tell what they compute on, got {cause_of(error)}; see that the scheduler lives, and "
                 "run the same command again"
             ) from error
+
+    def can_copy(self, scan: str) -> bool:
+        """Whether there are workers without a GPU, and all of them see the scan; says so where only some do."""
+        self.check_alive()
+        try:
+            return can_copy(self.client, scan)
+        except OSError:  # the scheduler dies in this moment
+            self.check_alive()
+            return False
 
     def check_alive(self) -> None:
         """See that the scheduler lives; one that the client is just connecting to again gets some seconds.

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -42,6 +45,26 @@ def device_of(client: Client) -> str:
             "others get no blocks", n_gpus, len(asked),
         )  # fmt: skip
     return "cpu"
+
+
+def can_copy(client: Client, scan: str) -> bool:
+    """Return whether there are workers without a GPU and all of them see a scan; of URLs they are taken to."""
+    every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    hosts, path = frozenset(every) - gpu_workers(every), scan.partition("::")[0]
+    if not hosts or "://" in path:
+        return bool(hosts)
+    answers = ask(client, partial(_sees, path), workers=hosts)
+    n_blind = len(hosts) - sum(each is True for each in answers.told.values())
+    if n_blind:
+        log.warning(
+            "the flow's or command's own process copies %s, since %d of %d workers do not see it: mount it there, too",
+            scan, n_blind, len(hosts),
+        )  # fmt: skip
+    return not n_blind
+
+
+def _sees(path: str) -> bool:
+    return Path(path).exists() or bool(glob.glob(path))  # noqa: PTH207 absolute patterns
 
 
 def _device() -> str:

@@ -1,0 +1,55 @@
+"""Hosts: processes of this machine for what needs no device, copying and pyramids, as many as the work is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import prod
+from threading import Lock
+from typing import Any
+
+from dask.system import CPU_COUNT
+
+from pipeline.compute.cluster import open_runner
+from pipeline.compute.runner import BlockRecord, BlockWork, Quarantined, RunBlocks, run_serial
+
+MOST_HOSTS = 8
+# Voxels that a process copies, counts and halves in the seconds that others need to start (13 to 20 ns each, measured).
+WORTH_A_HOST = 2**28
+_IN_USE = Lock()  # Dask's settings and the environment, which local workers are started with, are the whole process's
+
+
+@contextmanager
+def here(*, n_most: int = MOST_HOSTS) -> Iterator[RunBlocks]:
+    """Yield a runner that begins processes for large works that need no device; all else runs in this process.
+
+    Parameters
+    ----------
+    n_most : processes, no more than there are cores
+    """
+    with ExitStack() as stack:
+        yield _Here(stack, min(n_most, CPU_COUNT))
+
+
+class _Here:
+    """See ``here``; once begun, the processes serve all works that follow."""
+
+    def __init__(self, stack: ExitStack, n_most: int) -> None:
+        self._stack, self._n_most = stack, n_most
+        self._hosts: RunBlocks | None = None
+
+    def __call__(
+        self, work: BlockWork, indices: Iterable[int], *, on_record: Callable[[BlockRecord], None]
+    ) -> tuple[Quarantined, ...]:
+        """Run the blocks; see RunBlocks."""
+        if getattr(work, "uses_device", True):
+            return run_serial(work, indices, on_record=on_record)
+        todo = list(indices)
+        if self._hosts is None:
+            of_blocks: Any = work
+            n_voxels = len(todo) * prod(of_blocks.grid.core_shape)
+            n_hosts = min(self._n_most, len(todo), 1 + n_voxels // WORTH_A_HOST)
+            if n_hosts > 1 and _IN_USE.acquire(blocking=False):  # of several scans at once in a process, one
+                self._stack.callback(_IN_USE.release)
+                self._hosts = self._stack.enter_context(open_runner(n_workers=n_hosts))
+        return (self._hosts or run_serial)(work, todo, on_record=on_record)
