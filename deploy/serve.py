@@ -26,6 +26,7 @@ DEMO = ROOT / "pipeline" / "demo"
 _PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 300.0
 _QUICK_S = 5.0
+_HOSTS_PER_GPU = 4  # workers without one that copy scans and make pyramids, while the GPU computes
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -129,13 +130,15 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
         "--dashboard-address", f"127.0.0.1:{args.dask_port + 1}")  # fmt: skip
     gpus = _gpus()
     n_workers = len(gpus) or args.workers
-    n_threads = max(1, (os.cpu_count() or 1) // n_workers)
-    for number in range(n_workers):
+    n_hosts = min(_HOSTS_PER_GPU * len(gpus), max(0, (os.cpu_count() or 1) - len(gpus)))
+    n_threads = max(1, (os.cpu_count() or 1) // (n_workers + n_hosts))
+    for number in range(n_workers + n_hosts):
         own = {name: str(n_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        own |= {"CUDA_VISIBLE_DEVICES": gpus[number]} if gpus else {}
+        has_gpu = number < len(gpus)
+        own |= {"CUDA_VISIBLE_DEVICES": gpus[number] if has_gpu else ""} if gpus else {}
         add(f"dask-worker-{number}", sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1",
             "--memory-limit", "0", "--dashboard-address", f"127.0.0.1:{args.dask_port + 2 + number}",
-            "--local-directory", str(home / "dask"), *(["--resources", "GPU=1"] if gpus else []), **own)  # fmt: skip
+            "--local-directory", str(home / "dask"), *(["--resources", "GPU=1"] if has_gpu else []), **own)  # fmt: skip
     _wait_for(f"{api}/health", services)
     for what in ("automations", "limits"):
         made = subprocess.run([sys.executable, str(ROOT / "deploy" / f"{what}.py")], env=base, capture_output=True,
@@ -147,7 +150,8 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
         *(["--every", str(args.every)] if not args.cron else ["--cron", args.cron]),
         *(["--truth", args.truth] if args.truth else []))  # fmt: skip
     tell(f"Prefect UI     http://127.0.0.1:{args.port}")
-    tell(f"Dask           http://127.0.0.1:{args.dask_port + 1}/metrics, {n_workers} workers at {address}")
+    tell(f"Dask           http://127.0.0.1:{args.dask_port + 1}/metrics, {n_workers} workers at {address}"
+         + (f", and {n_hosts} without a GPU that copy" if n_hosts else ""))
     tell(f"archive        {archive}: put scans there; labels '{args.name}' appear in SCAN.zarr beside them")
     tell(f"logs           {home / 'logs'}")
     tell("Ctrl-C ends all; the next start goes on")

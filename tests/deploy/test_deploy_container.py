@@ -142,6 +142,10 @@ def test_a_profile_of_n_gpus_starts_n_workers_each_with_its_own_gpu():
         reserved = [each["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for each in workers]
         assert sorted(reserved) == [[str(i)] for i in range(n)]
         assert all("GPU=1" in each["command"] for each in workers)
+    host = SERVICES["dask-worker-host"]
+    assert host["profiles"] == [f"gpus-{n}" for n in (1, 2, 4, 8)]
+    assert "GPU=1" not in host["command"]
+    assert "deploy" not in host
     cpu = [name for name, each in SERVICES.items() if each.get("profiles") == ["cpu"]]
     assert cpu == ["train-worker", "dask-worker-cpu"]
 
