@@ -127,12 +127,17 @@ class SegmentSource:
             yield lambda start, n_bytes: ahead.pop((start, n_bytes), None) or read(start, n_bytes)
 
     def check_first(self) -> None:
-        """Decode the first segment that was written, so that a file of unknown compression fails here."""
+        """Decode the first segment that was written, or its first rows: a file of unknown compression fails here."""
+        first = self.pages[0]
+        segment = next((at for at, count in enumerate(first.counts) if count), None)
+        if segment is None:
+            return
         with by_ranges(self.path) as read:
-            for segment, count in enumerate(self.pages[0].counts):
-                if count:
-                    self._decoded(read, page=0, segment=segment, inside=[slice(0, 1)] * 5)
-                    return
+            if self.inflate:
+                *_, shape = first.decode(None, segment, **first.options)
+                next(self.inflate(read, first.offsets[segment], first.counts[segment], shape))
+            else:
+                self._decoded(read, page=0, segment=segment, inside=[slice(0, 1)] * 5)
 
     def _page_numbers(self, slices: tuple[slice, ...]) -> list[int]:
         """Return the pages under the slices; pages are in C order over the axes that count them."""
