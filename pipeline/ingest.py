@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from pipeline.compute.levels import build_levels
-from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_serial
+from pipeline.compute.runner import Quarantined, RunBlocks, run_serial
 from pipeline.compute.watch import UNWATCHED, Watcher
+from pipeline.copying import IngestBlocks, copy, groups_of, spatial_of
 from pipeline.errors import ArgumentError, InputError, QuarantineError, ScanError, StoreError
 from pipeline.geometry.grid import BlockGrid
-from pipeline.identity import check_unchanged, file_stamps, open_identified, unchanged
-from pipeline.scans.backend import open_scan
-from pipeline.store.arrays import done_shards, open_array, plan_layout, sweep, write_shard
+from pipeline.identity import check_unchanged, file_stamps, open_identified
+from pipeline.store.arrays import Layout, plan_layout, sweep
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
 from pipeline.store.location import Location, storage_errors
@@ -29,43 +27,6 @@ from pipeline.store.statistics import ChannelStatistics, Histogram, merge
 from pipeline.works.measure import MeasureBlocks, Notes
 
 _NOTES, _NOTES_OF_BEFORE = ".measured", ".histograms"  # an older haloseg noted nothing of slices
-
-
-@dataclass(frozen=True, slots=True)
-class IngestBlocks:
-    """The work of copying a scan into an array, one shard per block; see BlockWork.
-
-    ``notes`` is where each block leaves its part of the statistics, before its shard; None for labels. ``stamps`` are
-    those of the scan, compared after each reading; None where they are of many files, which are compared at the end.
-    """
-
-    uses_device: ClassVar[bool] = False
-    scan: str
-    target: Location
-    grid: BlockGrid
-    notes: Notes | None
-    stamps: dict[str, Any] | None = None
-
-    def setup(self) -> Any:  # noqa: ANN401
-        """Open the scan and the array."""
-        with unchanged(self.scan, self.stamps):
-            return open_scan(self.scan), open_array(self.target)
-
-    def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
-        """Copy one block."""
-        scan, target = state
-        core = self.grid.block(index).core
-        begin = perf_counter()
-        region = dict(zip(_spatial(scan), core.slices, strict=True))
-        with unchanged(self.scan, self.stamps):
-            voxels = np.asarray(scan.isel(region)).astype(target.dtype, copy=False)
-        voxels = voxels.reshape(target.shape[: target.ndim - core.ndim] + core.shape)
-        read = perf_counter()
-        with storage_errors(self.target):
-            if self.notes is not None:
-                self.notes.put(index, voxels, core)
-            write_shard(target, core, voxels, location=self.target)
-        return BlockRecord(index, core.n_voxels, read - begin, 0.0, perf_counter() - read)
 
 
 def ingest(
@@ -92,7 +53,7 @@ def ingest(
     array, identified = open_identified(scan := _absolute(scan))
     target, size = Location(str(image)).absolute(), voxel_size_um or array.attrs.get("voxel_size_um")
     _check_intensities(array, scan)
-    shape = tuple(array.sizes[d] for d in _spatial(array))
+    shape = tuple(array.sizes[d] for d in spatial_of(array))
     size = _per_axis(size, shape, "voxel size") if size else None
     layout = plan_layout(shape, chunk=_per_axis(chunk, shape, "chunk"), shard=_per_axis(shard, shape, "shard"))
     about = identified | {"layout": [list(layout.chunk), list(layout.shard)], "voxel_size_um": _listed(size)}
@@ -106,10 +67,10 @@ def ingest(
         return there
     with _undone_by_bad_input(target, when=there is None), storage_errors(target):
         made = there or create_image(
-            target, shape=(array.sizes.get("c", 1), *shape), dtype=_dtype(array), axes="c" + "".join(_spatial(array)),
+            target, shape=(array.sizes.get("c", 1), *shape), dtype=_dtype(array), axes="c" + "".join(spatial_of(array)),
             layout=layout, voxel_size_um=size, scan=about,
         )
-        return _fill(made, scan, run=run, watch=watch)
+        return _fill(made, scan, array, run=run, watch=watch)
 
 
 def ingest_labels(
@@ -119,7 +80,7 @@ def ingest_labels(
     of = open_image(Location(str(image)).absolute())
     target = label_location(of.location, name)
     array, identified = open_identified(scan := _absolute(scan))
-    shape = tuple(array.sizes[d] for d in _spatial(array))
+    shape = tuple(array.sizes[d] for d in spatial_of(array))
     if array.dtype.kind not in "iub":
         raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
     if "c" in array.dims or shape != of.spatial_shape:
@@ -132,20 +93,22 @@ def ingest_labels(
     check_same_result(labels)
     with _undone_by_bad_input(target, when=read_labels(target) is None), storage_errors(target):
         create_labels(of, labels)
-        grid = BlockGrid(of.spatial_shape, of.layout.shard)
-        work = IngestBlocks(scan, labels.location / "0", grid, None, file_stamps(scan, identified))
-        _copy(work, run=run, watch=watch)
-        check_unchanged(scan, identified)
+        _copy(
+            scan, array, target=labels.location / "0", layout=of.layout, about=identified, notes=None, run=run,
+            watch=watch,
+        )  # fmt: skip
         _levels(labels, Downsampling.MODE, run=run, watch=watch)
         publish(of, labels)
     return labels
 
 
-def _fill(image: Image, scan: str, *, run: RunBlocks, watch: Watcher) -> Image:
+def _fill(image: Image, scan: str, array: xr.DataArray, *, run: RunBlocks, watch: Watcher) -> Image:
     """Copy what is missing, build the pyramid, gather the statistics, and commit."""
-    notes, grid = Notes(image.location / _NOTES), BlockGrid(image.spatial_shape, image.layout.shard)
-    _copy(IngestBlocks(scan, image.location / "0", grid, notes, file_stamps(scan, image.scan)), run=run, watch=watch)
-    check_unchanged(scan, image.scan)
+    notes = Notes(image.location / _NOTES)
+    _copy(
+        scan, array, target=image.location / "0", layout=image.layout, about=image.scan, notes=notes, run=run,
+        watch=watch,
+    )  # fmt: skip
     _levels(image, Downsampling.MEAN, run=run, watch=watch)
     return measure(image, run=run, watch=watch)
 
@@ -192,12 +155,15 @@ def _statistics(
     return image.statistics or measured, planes.statistics() if image.has_slices else None
 
 
-def _copy(work: IngestBlocks, *, run: RunBlocks, watch: Watcher) -> None:
-    done = done_shards(work.target, work.grid)
-    missing = [index for index in range(len(work.grid)) if index not in done]
-    watch.begin("ingest", n_blocks=len(work.grid), n_done=len(done))
-    if missing:
-        _complete(run(work, missing, on_record=watch.advance), work.target)
+def _copy(
+    scan: str, array: xr.DataArray, *, target: Location, layout: Layout, about: dict[str, Any], notes: Notes | None,
+    run: RunBlocks, watch: Watcher,
+) -> None:
+    """Copy a scan's voxels into the array of a volume, and see that it stayed the same meanwhile."""
+    shards = BlockGrid(tuple(array.sizes[d] for d in spatial_of(array)), layout.shard)
+    work = IngestBlocks(scan, target, groups_of(array, shards), shards, notes, file_stamps(scan, about))
+    _complete(copy(work, run=run, watch=watch), target)
+    check_unchanged(scan, about)
 
 
 def _levels(volume: Image | Labels, how: Downsampling, *, run: RunBlocks, watch: Watcher) -> None:
@@ -266,12 +232,8 @@ class _undone_by_bad_input:  # noqa: N801 reads as a statement
 def _check_intensities(array: xr.DataArray, scan: str) -> None:
     if array.dtype.kind not in "iufb":
         raise ScanError(f"intensities must be real numbers, got {array.dtype} in {scan}; convert them first")
-    if 0 in array.shape or not 2 <= len(_spatial(array)) <= 3:
+    if 0 in array.shape or not 2 <= len(spatial_of(array)) <= 3:
         raise ScanError(f"a scan must have 2 or 3 spatial axes with voxels, got {dict(array.sizes)} in {scan}")
-
-
-def _spatial(array: xr.DataArray) -> tuple[str, ...]:
-    return tuple(str(d) for d in array.dims if d != "c")
 
 
 def _dtype(array: xr.DataArray) -> np.dtype[Any]:

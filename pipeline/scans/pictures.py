@@ -42,7 +42,8 @@ class PictureSource:
 
     def read(self, slices: tuple[slice, ...], /) -> NDArray[Any]:
         """Return a copy of the voxels under the slices."""
-        voxels = decoded(self.path, stamp=self.stamp)
+        in_part = any(s.stop - s.start < n for s, n in zip(slices, self.shape, strict=True))
+        voxels = decoded(self.path, stamp=self.stamp, again=in_part)
         if voxels.shape != self.shape or voxels.dtype != self.dtype:
             raise damaged(self.path, cause=f"it changed to {voxels.shape} {voxels.dtype} since it was opened")
         return np.array(voxels[slices])
@@ -62,14 +63,14 @@ def open_picture(path: str, /) -> LazyScan:
     return arrange(source, axes="YXS"[: voxels.ndim], path=path, format_name=_kind(path))
 
 
-def decoded(path: str, *, stamp: tuple[int, int]) -> NDArray[Any]:
-    """Return a picture (y, x) or (y, x, c)."""
+def decoded(path: str, *, stamp: tuple[int, int], again: bool = False) -> NDArray[Any]:
+    """Return a picture (y, x) or (y, x, c); ``again`` is of ``SegmentCache``."""
 
     def make() -> NDArray[Any]:
         data = Path(path).read_bytes()
         return _decoder(data)(data, path)
 
-    return DECODED.get((path, stamp), make)
+    return DECODED.get((path, stamp), make, again=again)
 
 
 def header(path: str, /) -> tuple[int, ...]:

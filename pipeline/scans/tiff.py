@@ -17,6 +17,7 @@ from pipeline.scans.axes import arrange
 from pipeline.scans.files import about, opened
 from pipeline.scans.lazy import LazyScan, VoxelSource, damaged
 from pipeline.scans.mapped import MappedSource
+from pipeline.scans.tiff_inflate import inflate_for
 from pipeline.scans.tiff_metadata import complaints, voxel_size_um
 from pipeline.scans.tiff_rows import short_strips
 from pipeline.scans.tiff_segments import Page, SegmentSource
@@ -119,6 +120,7 @@ def _source(tiff: TiffFile, image: Any, *, path: str) -> VoxelSource:  # noqa: A
         path=path, dtype=image.dtype.newbyteorder("="), shape=shape, places=_places(image, path=path),
         page_shape=key.shaped, segment_shape=rows.segment_shape if rows else _segment_shape(key), pages=pages,
         nodata=key.nodata, stamp=(size, version), reopen=reopened,
+        inflate=inflate_for(key, path=path, dtype=image.dtype.newbyteorder(tiff.byteorder)),
     )
 
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from pipeline.scans.cache import DECODED
 from pipeline.scans.files import Read, by_ranges, fetched, is_remote
 from pipeline.scans.lazy import damaged
+from pipeline.scans.scratch import Pieces
+from pipeline.scans.tiff_inflate import Inflate
 
 Decode = Callable[..., tuple[NDArray[Any] | None, tuple[int, ...], tuple[int, ...]]]
 Wanted = tuple[NDArray[Any], int, int]  # where voxels go, and the numbers of the page and the segment they come from
@@ -53,6 +55,7 @@ class SegmentSource:
     nodata : what a segment that was never written shows
     stamp : what the file was when it was opened; decoded segments are remembered under it
     reopen : function that makes this source again from its path, in another process
+    inflate : what decodes segments, which are long, some rows at a time; None where they are decoded whole
     """
 
     path: str
@@ -65,6 +68,7 @@ class SegmentSource:
     nodata: float
     stamp: tuple[int, str]
     reopen: Callable[[str], Any]
+    inflate: Inflate | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return self.reopen, (self.path,)
@@ -92,7 +96,7 @@ class SegmentSource:
         for batch in self._parts(wanted):
             with self._reader(batch) as read:
                 for target, number, segment in batch:
-                    self._paste(target, self._decoded(read, page=number, segment=segment), inside=inside)
+                    self._paste(target, self._decoded(read, page=number, segment=segment, inside=inside), inside=inside)
         return voxels.reshape(lengths)
 
     def _parts(self, wanted: list[Wanted]) -> Iterator[list[Wanted]]:
@@ -110,7 +114,7 @@ class SegmentSource:
     @contextmanager
     def _reader(self, wanted: list[Wanted]) -> Iterator[Read]:
         """Yield what reads segments; of a remote file, all that are not decoded yet are asked for at once."""
-        if not is_remote(self.path):
+        if self.inflate or not is_remote(self.path):
             with by_ranges(self.path) as read:
                 yield read
             return
@@ -123,12 +127,17 @@ class SegmentSource:
             yield lambda start, n_bytes: ahead.pop((start, n_bytes), None) or read(start, n_bytes)
 
     def check_first(self) -> None:
-        """Decode the first segment that was written, so that a file of unknown compression fails here."""
+        """Decode the first segment that was written, or its first rows: a file of unknown compression fails here."""
+        first = self.pages[0]
+        segment = next((at for at, count in enumerate(first.counts) if count), None)
+        if segment is None:
+            return
         with by_ranges(self.path) as read:
-            for segment, count in enumerate(self.pages[0].counts):
-                if count:
-                    self._decoded(read, page=0, segment=segment)
-                    return
+            if self.inflate:
+                *_, shape = first.decode(None, segment, **first.options)
+                next(self.inflate(read, first.offsets[segment], first.counts[segment], shape))
+            else:
+                self._decoded(read, page=0, segment=segment, inside=[slice(0, 1)] * 5)
 
     def _page_numbers(self, slices: tuple[slice, ...]) -> list[int]:
         """Return the pages under the slices; pages are in C order over the axes that count them."""
@@ -148,8 +157,10 @@ class SegmentSource:
         for s, d, y, x in product(*spans):
             yield ((s * grid[1] + d) * grid[2] + y) * grid[3] + x
 
-    def _decoded(self, read: Read, *, page: int, segment: int) -> tuple[NDArray[Any], tuple[int, ...]]:
-        """Return one segment (depth, length, width, contiguous samples) and where it starts in the page."""
+    def _decoded(
+        self, read: Read, *, page: int, segment: int, inside: list[slice]
+    ) -> tuple[NDArray[Any], tuple[int, ...]]:
+        """Return a segment (depth, length, width, contiguous samples) that a box touches, and its start in the page."""
         what = self.pages[page]
         if not what.counts[segment]:
             _, start, shape = what.decode(None, segment, **what.options)
@@ -164,8 +175,12 @@ class SegmentSource:
                 raise damaged(self.path, cause=f"segment {segment} of page {page} holds no voxels")
             return voxels
 
-        _, start, _ = what.decode(None, segment, **what.options)
-        return DECODED.get((self.path, self.stamp, page, segment), make), start
+        _, start, shape = what.decode(None, segment, **what.options)
+        ends = zip(inside, start, (1, *shape), self.page_shape, strict=True)
+        in_part = any(first < s.start or s.stop < min(first + n, most) for s, first, n, most in ends)
+        place, inflate = (what.offsets[segment], what.counts[segment]), self.inflate
+        pieces = Pieces(lambda: inflate(read, *place, shape), self.dtype, shape) if inflate else None
+        return DECODED.get((self.path, self.stamp, page, segment), make, again=in_part, pieces=pieces), start
 
     def _paste(
         self, target: NDArray[Any], decoded: tuple[NDArray[Any], tuple[int, ...]], *, inside: list[slice]

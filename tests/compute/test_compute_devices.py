@@ -91,16 +91,17 @@ def seen(run) -> list[tuple[str, int]]:
 
 def test_each_process_of_this_machine_sees_its_own_gpu_alone_also_after_a_death(tmp_path, monkeypatch):
     monkeypatch.setenv(VISIBLE, "GPU-a,MIG-b/1/0,GPU-c")
+    monkeypatch.setattr("pipeline.compute.local.CPU_COUNT", 3)  # so one more process, for what needs no GPU
     with open_runner(n_workers=2, gpus=("GPU-a", "MIG-b/1/0")) as run:
         before = seen(run)
-        assert [gpu for gpu, _ in before] == ["GPU-a", "MIG-b/1/0"]
+        assert [gpu for gpu, _ in before] == ["GPU-a", "MIG-b/1/0", ""]
         workers = run.client.scheduler_info()["workers"].values()
-        assert [each["resources"] for each in workers] == [{"GPU": 1}] * 2
+        assert {each["name"]: each["resources"] for each in workers} == {0: {"GPU": 1}, 1: {"GPU": 1}, 2: {}}
         records = []
         assert run(Scripted(str(tmp_path), acts=((2, "die once"),)), range(6), on_record=records.append) == ()
-        run.client.wait_for_workers(2, timeout=30)
+        run.client.wait_for_workers(3, timeout=30)
         again = seen(run)
-        assert ({*again} != {*before}, [gpu for gpu, _ in again]) == (True, ["GPU-a", "MIG-b/1/0"])
+        assert ({*again} != {*before}, [gpu for gpu, _ in again]) == (True, ["GPU-a", "MIG-b/1/0", ""])
     assert os.environ[VISIBLE] == "GPU-a,MIG-b/1/0,GPU-c"
 
 
@@ -110,6 +111,7 @@ def test_a_run_takes_every_gpu_that_the_user_shows_and_ends_in_the_same_labels(t
     assert main(["ingest", str(tmp_path / "scan.tif"), image, "--chunk", "16", "--shard", "16"]) == 0
     (tmp_path / "gpu.py").write_text(f"LOG = {str(tmp_path / 'seen')!r}\n{AS_GPU}")
     monkeypatch.setenv(VISIBLE, "GPU-a,GPU-b")
+    monkeypatch.setattr("pipeline.compute.local.CPU_COUNT", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("this process began to use a GPU"))

@@ -22,6 +22,7 @@ from pipeline.errors import ScanError
 from pipeline.identity import stamps
 from pipeline.ingest import ingest
 from pipeline.scans.backend import open_scan
+from pipeline.scans.scratch import folder, lies_in_memory
 
 RNG = np.random.default_rng(0)
 SLIDE = RNG.integers(0, 255, (1500, 2100), dtype=np.uint8)
@@ -42,10 +43,18 @@ TIFFS = {
     "apart-lzw.tif": (LONG, {"apart": True, "compression": "lzw"}),
 }
 
+INGEST = """
+import sys
+from pipeline.scans import cache, pictures, tiff_segments
+tiff_segments.DECODED = cache.SegmentCache(budget_bytes=3_000_000)  # one page of three
+from pipeline.ingest import ingest
+ingest(sys.argv[1], sys.argv[2], shard=(3, 256, 256), chunk=(3, 64, 64))
+"""
 CORNER = """
 import sys
 import numpy
 from pipeline.scans.backend import open_scan
+from pipeline.scans.scratch import folder, lies_in_memory
 numpy.save(sys.argv[2], open_scan(sys.argv[1])[-100:, -100:].values)
 """
 
@@ -91,6 +100,20 @@ def counted(address):
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_strips_that_many_blocks_need_are_fetched_and_decoded_once(bucket, objects, tmp_path, monkeypatch):
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if lies_in_memory(folder()):
+        pytest.skip(f"needs a disk, got {folder()} in memory")
+    write(tmp_path / "pages.tif", LONG // 256, apart=True, rowsperstrip=1000, compression="lzw")
+    url = put(tmp_path / "pages.tif", f"{bucket}/pages.tif")
+    with counted(objects) as (proxy, seen):
+        words = [sys.executable, "-c", INGEST, url, str(tmp_path / "image.zarr")]
+        subprocess.run(words, env=os.environ | {"AWS_ENDPOINT_URL": proxy}, check=True)
+    np.testing.assert_array_equal(open_scan(f"{tmp_path}/image.zarr").values, LONG // 256)
+    n_bytes = (tmp_path / "pages.tif").stat().st_size
+    assert n_bytes < sum(seen) < 1.3 * n_bytes
 
 
 def test_every_kind_is_read_as_from_a_disk(bucket, tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ScanError
-from pipeline.scans import tiff_segments
+from pipeline.scans import tiff_inflate, tiff_segments
 from pipeline.scans.backend import open_scan
+from pipeline.scans.cache import SegmentCache
 from pipeline.scans.tiff import open_tiff
 
 RANDOM = np.random.default_rng(7)
@@ -95,6 +97,43 @@ def test_the_whole_is_what_tifffile_reads_also_after_a_pickle(layout):
     scan = open_tiff(str(path))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(scan)).read(whole), expected)
     np.testing.assert_array_equal(np.sort(tifffile.imread(path), axis=None), np.sort(scan.read(whole), axis=None))
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Have all strips that can be decoded by rows decoded so, a few at a time, and nothing kept in memory."""
+    for name, number in {"_LONG_BYTES": 1, "_READ_BYTES": 100, "_PIECE_BYTES": 1000}.items():
+        monkeypatch.setattr(tiff_inflate, name, number)
+    monkeypatch.setattr(tiff_segments, "DECODED", SegmentCache(budget_bytes=0))
+
+
+class ByRowsAlone(SegmentCache):
+    """Has nothing decoded whole."""
+
+    def get(self, key, make, **how):
+        del make
+        return super().get(key, lambda: pytest.fail("decoded whole"), **how)
+
+
+def test_voxels_do_not_depend_on_how_strips_are_decoded(layout, by_rows):
+    path, _, expected = layout
+    np.testing.assert_array_equal(open_scan(path).values, expected)
+
+
+@pytest.mark.parametrize("rows", [61, 20, 1])
+@pytest.mark.parametrize(("dtype", "options"), [
+    ("u1", {}), (">u2", {}), ("<u2", {"predictor": 2}), (">u2", {"predictor": 2}), ("i4", {"predictor": 2}), ("f4", {}),
+    ("u2", {"photometric": "rgb", "predictor": 2}), ("u2", {"photometric": "rgb", "planarconfig": "separate"}),
+])  # fmt: skip
+def test_long_strips_are_decoded_by_rows_and_no_other_way(tmp_path, by_rows, monkeypatch, dtype, options, rows):
+    voxels = RANDOM.integers(0, 120, (3, 61, 47)).astype(dtype)
+    as_written = np.moveaxis(voxels, 0, -1) if "planarconfig" not in options and "photometric" in options else voxels
+    about = {"byteorder": ">" if ">" in dtype else "<", "compression": "zlib", "rowsperstrip": rows}
+    write(tmp_path / "scan.tif", as_written, **about | options)
+    monkeypatch.setattr(tiff_segments, "DECODED", ByRowsAlone(budget_bytes=0))
+    scan = open_tiff(str(tmp_path / "scan.tif"))
+    np.testing.assert_array_equal(scan.read((slice(0, 3), slice(0, 61), slice(0, 47))), voxels)
+    np.testing.assert_array_equal(scan.read((slice(1, 2), slice(19, 42), slice(5, 6))), voxels[1:2, 19:42, 5:6])
 
 
 def test_lossy_tiles_decode_as_tifffile_decodes_them(tmp_path):
@@ -210,6 +249,23 @@ def test_damage_inside_a_segment_names_the_file(tmp_path):
     assert scan[:32, :32].shape == (32, 32)
     with pytest.raises(ScanError, match=r"damaged\.tif"):
         scan[40:, 40:].load()
+
+
+@pytest.mark.parametrize(("first", "cause"), [(40, "Error -3"), (-200, "lacks [0-9]+ of 64 rows")])
+def test_damage_inside_a_long_strip_names_the_file(tmp_path, by_rows, first, cause):
+    path, voxels = tmp_path / "damaged.tif", noise(64, 64)
+    write(path, voxels, compression="zlib", rowsperstrip=64, metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        offset, count = page.dataoffsets[0], page.databytecounts[0]
+    content = bytearray(path.read_bytes())
+    if first > 0:
+        content[offset + first : offset + first + 9] = bytes(9)
+    else:
+        content[offset : offset + count] = zlib.compress(voxels.tobytes()[:first]).ljust(count, b"\0")
+    path.write_bytes(content)
+    with pytest.raises(ScanError, match=rf"damaged\.tif: .*{cause}"):
+        open_scan(path).load()
 
 
 def test_time_points_are_refused(tmp_path):
