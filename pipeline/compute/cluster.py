@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from threading import Event
@@ -24,13 +24,14 @@ from distributed.comm.core import connect
 from distributed.utils import LoopRunner
 
 from pipeline.compute.address import check_address
+from pipeline.compute.asking import tell_all
 from pipeline.compute.devices import device_of
 from pipeline.compute.losses import Losses
 from pipeline.compute.pulse import STUCK_AFTER_S
 from pipeline.compute.resident import ResidentWork
 from pipeline.compute.runner import RETRIES, BlockRecord, BlockWork, Quarantined, cause_of
-from pipeline.compute.upkeep import PREFIX, on_scheduler, orphans
-from pipeline.compute.versions import Gate, check_versions, of_this_process
+from pipeline.compute.upkeep import PREFIX
+from pipeline.compute.versions import behind_gate, check_versions
 from pipeline.compute.window import Window
 from pipeline.errors import ArgumentError, ClusterError
 
@@ -74,7 +75,7 @@ class DaskRunner:
         """
         name = f"{PREFIX}{self.client.id}-{uuid4().hex}"
         with (
-            self._resident(work, name),
+            behind_gate(self.client, ResidentWork(work, stuck_after_s=self.stuck_after_s), name=name),
             Window(
                 self.client, name=name, on_record=on_record, worker_timeout_s=self.worker_timeout_s,
                 given_up=self.given_up, priority=self.priority, losses=self.losses,
@@ -128,26 +129,6 @@ class DaskRunner:
         except OSError:  # it dies in this moment
             self.check_alive()
 
-    @contextmanager
-    def _resident(self, work: BlockWork, name: str) -> Iterator[None]:
-        """Keep the work on every worker for as long as the block runs."""
-        plugin = Gate(ResidentWork(work, stuck_after_s=self.stuck_after_s), versions=of_this_process())
-        try:
-            for orphan in on_scheduler(self.client, orphans) or ():
-                with suppress(Exception):  # another run may sweep at the same moment
-                    self.client.unregister_worker_plugin(orphan)
-            self.client.register_plugin(plugin, name=name)
-        except Exception as error:
-            raise ClusterError(
-                f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live"
-            ) from error
-        try:
-            yield
-        finally:
-            if self.client.status == "running":
-                with suppress(Exception):  # a worker that dies now takes its copy with it
-                    self.client.unregister_worker_plugin(name)
-
 
 @contextmanager
 def open_runner(
@@ -172,7 +153,7 @@ def open_runner(
         raise ArgumentError(f"a run needs at least 1 worker, got {n_workers}; use 1 or more")
     check_address(cluster)
     with _quiet_logs(), _local_client(n_workers) if cluster == "local" else _remote_client(cluster) as client:
-        client.forward_logging("haloseg")
+        tell_all(client, client.forward_logging, "haloseg")
         losses = Losses(prefix=f"{PREFIX}{client.id}-")
         with losses.listening(client):
             yield DaskRunner(client, losses, worker_timeout_s, stuck_after_s)

@@ -12,6 +12,8 @@ from typing import Any
 
 from distributed import Client
 
+from pipeline.compute.asking import ask, warn_of_mute
+
 log = logging.getLogger("haloseg")
 
 
@@ -24,9 +26,9 @@ def device_of(client: Client) -> str:
     """Return the device of the workers that blocks go to: "cuda" where every one has a GPU that torch can use."""
     every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     claimed = gpu_workers(every)
-    asked = claimed or frozenset(every)
-    told = client.run(_device, workers=sorted(asked), on_error="return").values()
-    n_gpus = sum(each == "cuda" for each in told)
+    answers = ask(client, _device, workers=claimed or frozenset(every))
+    warn_of_mute(answers.mute, what="the others tell what all compute on")
+    asked, n_gpus = answers.told, sum(each == "cuda" for each in answers.told.values())
     if n_gpus == len(asked) > 0:
         return "cuda"
     if claimed:

@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
+from time import monotonic
 
 import cloudpickle  # type: ignore[import-untyped]
 from distributed import Client, Worker, WorkerPlugin, get_worker
 
-from pipeline.errors import ClusterError
+from pipeline.compute.asking import ANSWER_TIMEOUT_S, ask, tell_all, warn_of_mute
+from pipeline.compute.runner import cause_of
+from pipeline.compute.upkeep import on_scheduler, orphans
+from pipeline.errors import ClusterError, RunError
+
+JOIN_TIMEOUT_S = 5.0  # the run does nothing else meanwhile
+MUTE_S = 60.0
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -109,32 +118,97 @@ class ThroughGate:
         return pickle.loads, (self._pickled,)
 
 
-def check_versions(client: Client) -> None:
-    """Compare what the workers of a cluster have installed with what is here.
+@contextmanager
+def behind_gate(client: Client, plugin: WorkerPlugin, *, name: str) -> Iterator[None]:
+    """Keep a plugin on every worker of the same versions that there is or comes, for as long as the block runs.
 
     Raises
     ------
-    ClusterError : one differs; the message names what, on how many workers, and the remedy.
+    ClusterError : the scheduler or a worker does not take it.
     """
-    _, others = compared(client)
-    if others:
-        raise ClusterError(f"workers must have the versions of the flow or command, got {others}")
+    try:
+        for orphan in on_scheduler(client, orphans) or ():
+            with suppress(Exception):  # another run may sweep at the same moment
+                tell_all(client, client.unregister_worker_plugin, orphan)
+        tell_all(client, client.register_plugin, Gate(plugin, versions=of_this_process()), name=name)
+    except Exception as error:
+        raise ClusterError(
+            f"every worker must take the run's work, got {cause_of(error)}; see that scheduler and workers live"
+        ) from error
+    try:
+        yield
+    finally:
+        if client.status == "running":
+            with suppress(Exception):  # a worker that dies now takes its copy with it
+                tell_all(client, client.unregister_worker_plugin, name)
 
 
-def compared(client: Client, workers: frozenset[str] | None = None) -> tuple[frozenset[str], str]:
-    """Return which workers told what they have installed, and what of it is not what is here, with the remedy.
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Which workers told what they have installed, which were mute, and what of it is not what is here."""
 
-    Parameters
-    ----------
-    workers : addresses of those to ask; all by default. One that dies or leaves meanwhile tells nothing.
+    told: frozenset[str]
+    mute: frozenset[str]
+    others: str
+
+
+def check_versions(client: Client) -> None:
+    """Compare what the workers of a cluster have installed with what is here; those that are mute are told of.
+
+    Raises
+    ------
+    ClusterError : one differs; the message names what, on how many workers, and the remedy. Or all are mute.
     """
-    asked = None if workers is None else sorted(workers)
-    told = client.run(of_worker, workers=asked, on_error="return")
-    here, there = of_this_process(), {worker: each for worker, each in told.items() if isinstance(each, dict)}
+    found = compared(client)
+    if found.others:
+        raise ClusterError(f"workers must have the versions of the flow or command, got {found.others}")
+    if found.mute and not found.told:
+        raise ClusterError(
+            f"a worker must answer within {ANSWER_TIMEOUT_S:g} s, got none that does of {len(found.mute)}; restart them"
+        )
+    warn_of_mute(found.mute, what="the others go on")
+
+
+def compared(client: Client, *, workers: frozenset[str] | None = None, timeout_s: float | None = None) -> Compared:
+    """Return what the workers with these addresses, all by default, have installed that is not what is here."""
+    answers = ask(client, of_worker, workers=workers, timeout_s=timeout_s)
+    here, there = of_this_process(), {worker: each for worker, each in answers.told.items() if isinstance(each, dict)}
+    others = ""
     for name, ours in here.items():
-        if others := [each[name] for each in there.values() if each[name] != ours]:
-            return frozenset(there), (
-                f"{name} {' and '.join(sorted(set(others)))} on {len(others)} of {len(there)} workers, {ours} here; "
-                "install the same on both and restart the workers"
+        if differing := [each[name] for each in there.values() if each[name] != ours]:
+            others = (
+                f"{name} {' and '.join(sorted(set(differing)))} on {len(differing)} of {len(there)} workers, {ours} "
+                "here; install the same on both and restart the workers"
             )
-    return frozenset(there), ""
+            break
+    return Compared(frozenset(there), answers.mute, others)
+
+
+class Newcomers:
+    """Compares the workers of a run as they join; one that is mute is left out, and asked again after a while."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._compared = frozenset[str]()
+        self._mute_until_s: dict[str, float] = {}
+
+    def compare(self, workers: frozenset[str]) -> None:
+        """End the run if a worker that was not there before has other versions than are here: it must do no block."""
+        now_s = monotonic()
+        unknown = {each for each in workers - self._compared if self._mute_until_s.get(each, now_s) <= now_s}
+        if not unknown:
+            return
+        found = compared(self._client, workers=frozenset(unknown), timeout_s=JOIN_TIMEOUT_S)
+        if found.others:
+            raise RunError(
+                f"workers must have the versions of the flow or command, got {found.others}; what is done is kept, run "
+                "the same command again"
+            )
+        self._compared |= found.told
+        self._mute_until_s |= dict.fromkeys(found.mute, monotonic() + MUTE_S)
+        warn_of_mute(found.mute, what="the others go on", timeout_s=JOIN_TIMEOUT_S)
+
+    def woke(self, worker: str) -> bool:
+        """Hear that a worker had work back; returns whether it is still to be compared, which it then is at once."""
+        self._mute_until_s.pop(worker, None)
+        return worker not in self._compared

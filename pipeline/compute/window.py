@@ -31,7 +31,7 @@ from pipeline.compute.resident import Failed, Stopped, TaskOutcome
 from pipeline.compute.retry_log import RetryLog
 from pipeline.compute.runner import RETRIES, BlockRecord, Quarantined, cause_of, check_quarantine
 from pipeline.compute.upkeep import SPAN, forget_submits, on_scheduler
-from pipeline.compute.versions import ThroughGate, compared
+from pipeline.compute.versions import Newcomers, ThroughGate
 from pipeline.errors import GivenUpError, RunError
 
 TASKS_PER_WORKER = 4
@@ -86,7 +86,7 @@ class Window:
         self._again: deque[_Task] = deque()
         self._suspects: list[_Task] = []
         self._quarantined: list[Quarantined] = []
-        self._workers = self._compared = frozenset[str]()
+        self._workers, self._newcomers = frozenset[str](), Newcomers(client)
         self._gpu = self._mixed = False
         self._alone = False
         self._seen_s = self._asked_s = monotonic()
@@ -231,7 +231,7 @@ class Window:
 
     def _count_against(self, index: int, cause: str, *, task: _Task, worker: str) -> None:
         """Try the block again, alone, on another worker if there is one, up to the number of retries."""
-        if worker not in self._compared:
+        if self._newcomers.woke(worker):
             self._refresh()
         self._retry_log.warn(f"block {index} failed, attempt {task.attempt + 1} of {1 + RETRIES}: {cause}")
         if task.attempt < RETRIES:
@@ -266,7 +266,7 @@ class Window:
         self._gpu = self._gpu or bool(with_gpu)
         self._workers = with_gpu if self._gpu else frozenset(every)
         self._mixed = len(self._workers) < len(every)
-        self._compare()
+        self._newcomers.compare(self._workers)
         self._free()
         if self._workers:
             self._seen_s = now
@@ -275,17 +275,6 @@ class Window:
                 f"a run needs at least one worker, got none for {self._worker_timeout_s:g} s; what is done is kept, "
                 "start workers and run the same command again"
             )
-
-    def _compare(self) -> None:
-        """End the run if a worker that was not there before has other versions than are here: it must do no block."""
-        if newcomers := self._workers - self._compared:
-            told, others = compared(self._client, newcomers)
-            if others:
-                raise RunError(
-                    f"workers must have the versions of the flow or command, got {others}; what is done is kept, run "
-                    "the same command again"
-                )
-            self._compared |= told
 
     def _free(self) -> None:
         """Submit anew what was to run on workers that are all gone: Dask lets it wait for them (distributed 2026.8)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from compute_works import Scripted
 
 import pipeline
 from pipeline.compute.cluster import open_runner
+from pipeline.compute.runner import BlockRecord
 from pipeline.compute.versions import compared, installed, of_this_process, of_worker
 from pipeline.errors import ClusterError, RunError
 
@@ -75,8 +78,36 @@ def test_what_is_installed_under_a_worker_that_runs_is_not_what_it_runs(tmp_path
     with processes(tmp_path) as started:
         started.worker(PYTHONSAFEPATH="1", PYTHONPATH=str(tmp_path / "its"))
         with open_runner(cluster=started.address, n_workers=1) as run:
-            assert compared(run.client)[1] == ""
+            assert compared(run.client).others == ""
             (tmp_path / "its/pipeline/report.py").write_text("# of another version")
-            assert compared(run.client)[1] == ""
+            assert compared(run.client).others == ""
             (told,) = run.client.run(of_worker).values()
     assert told == of_this_process() == installed()
+
+
+def test_a_worker_that_joins_and_freezes_holds_no_run_and_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL", "5s")  # else 5 minutes, until Dask drops it
+    monkeypatch.setattr("pipeline.compute.asking.ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("pipeline.compute.versions.JOIN_TIMEOUT_S", 1.0)
+    records: list[BlockRecord] = []
+    with processes(tmp_path) as started:
+        started.worker()
+        with open_runner(cluster=started.address, n_workers=1) as run:
+
+            def join(record) -> None:
+                records.append(record)
+                if len(records) == 1:
+                    here = set(run.client.scheduler_info()["workers"])
+                    late = started.worker("--no-nanny")
+                    run.client.wait_for_workers(2, timeout=60)
+                    (frozen,) = set(run.client.scheduler_info()["workers"]) - here
+                    late.send_signal(signal.SIGSTOP)
+                    begin = time.monotonic()
+                    run.check()
+                    assert (run.device(), frozen in caplog.text) == ("cpu", True)
+                    assert time.monotonic() - begin < 5
+
+            assert run(Scripted(str(tmp_path / "run"), sleep_s=0.02), range(300), on_record=join) == ()
+    assert len(records) == 300
+    for what in ("the others go on", "the others tell what all compute on"):
+        assert re.search(rf"workers must answer within 1 s, got none from tcp://\S+ \(frozen, .*: {what}", caplog.text)
