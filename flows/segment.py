@@ -93,7 +93,7 @@ def segment_stage(
 ) -> Segmented:
     """Make the label volume on the cluster's workers."""
     shared = SHARED_RUNNER.get()
-    asked_later = cluster != "local" and not shared  # a cluster that is not open yet, where something is to be done
+    is_guess = cluster != "local" and not shared  # that cluster is not open yet: asked where something is to be done
     device = pick_device("auto") if cluster == "local" else shared.device() if shared else "cuda"
     n_workers, gpus = UNCOUNTED_WORKERS, tuple[str, ...]()
     if cluster == "local":
@@ -101,8 +101,8 @@ def segment_stage(
     scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, tta=tta, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
-    if n_missing and asked_later:
-        plan = plan_segment(image, model=model, name=name, scheme=replace(scheme, device=device_at(cluster)))
+    if n_missing and is_guess and (device := device_at(cluster)) != scheme.device:
+        plan = plan_segment(image, model=model, name=name, scheme=replace(scheme, device=device))
     plan = replace(plan, result=replace(plan.result, report_due=True))  # until report_stage says that it is made
     what = plan_markdown(plan, n_missing=n_missing, n_workers=n_workers if cluster == "local" else 0)
     shown(lambda: create_markdown_artifact(what, key=f"{key}-plan", description=f"what is to be done for {image}"))

@@ -42,7 +42,7 @@ class Certificate:
     def line(self) -> str:
         """The certificate in one line."""
         return (
-            f"{self.n_voxels:,} voxels of {self.n_boxes} boxes computed again by the reference: probabilities differ "
+            f"{self.n_voxels:,} voxels of {_boxes(self.n_boxes)} computed again by the reference: probabilities differ "
             f"by at most {self.max_difference:.2g}, {self.n_flipped:,} classes differ, {self.n_flipped_decided:,} of "
             "them beyond rounding"
         )
@@ -82,7 +82,7 @@ class ValueCertificate:
     def line(self) -> str:
         """The certificate in one line."""
         return (
-            f"{self.n_voxels:,} voxels of {self.n_boxes} boxes computed again by the reference: values differ by at "
+            f"{self.n_voxels:,} voxels of {_boxes(self.n_boxes)} computed again by the reference: values differ by at "
             f"most {self.max_difference:.2g}, {self.max_difference_std:.2g} standard deviations of the target, "
             f"{self.n_beyond_rounding:,} of them beyond rounding"
         )
@@ -91,3 +91,7 @@ class ValueCertificate:
 def certificate_of(document: dict[str, Any]) -> Certificate | ValueCertificate:
     """Return the certificate that ``to_json`` wrote."""
     return ValueCertificate(**document) if "n_beyond_rounding" in document else Certificate(**document)
+
+
+def _boxes(n: int) -> str:
+    return f"{n} box" if n == 1 else f"{n} boxes"

@@ -37,7 +37,7 @@ def stamps(scan: str) -> dict[str, Any]:
     about: dict[str, Any] = {
         "name": (path if "://" in path else path.rstrip("/").rsplit("/", 1)[-1]) + (f"::{inner}" if inner else "")
     }
-    if files := (_remote_files(Location(path)) if "://" in path else _local_files(path)):
+    if files := (_remote_files(path) if "://" in path else _local_files(path)):
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         about |= {"n_bytes": sum(n_bytes for _, n_bytes, _ in files), "time_of_change": digest}
     return about
@@ -89,10 +89,15 @@ def _local_files(path: str) -> list[tuple[str, int, int]]:
     return [(name, each.st_size, each.st_mtime_ns) for name, each in stats]
 
 
-def _remote_files(scan: Location) -> list[tuple[str, int, str]]:
-    """Return name, size and tag, or time of change, of each file of a scan; none where storage tells neither."""
+def _remote_files(url: str) -> list[tuple[str, int, str]]:
+    """Return name, size and tag, or time of change, of each file of a scan; none where storage tells neither.
+
+    A scan in one file is asked for by its name, at the price of one request: this is done after every block.
+    """
+    scan = Location(url)
     try:
-        entries = [each for each in scan.entries() if not each.is_folder] or [scan.entry()]
+        several = [] if is_remote_file(url) else [each for each in scan.entries() if not each.is_folder]
+        entries = several or [scan.entry()]
     except (FileNotFoundError, NotImplementedError):
         return []
     tagged = [(each.name, each.n_bytes, each.tag or str(each.changed_s or "")) for each in entries]

@@ -27,7 +27,7 @@ from pipeline.unet.memory import choose_tile, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import Head, UNetSettings
 from pipeline.unet.turns import check_turns
-from pipeline.voxel_size import warn_of_voxel_size
+from pipeline.voxel_size import check_rotations, warn_of_voxel_size
 from pipeline.works.blocks import Outputs, SegmentBlocks
 from pipeline.works.columns import SegmentColumns
 
@@ -130,6 +130,7 @@ def plan_segment(
     network.windows(of)  # refuses an image that it does not fit
     warn_of_voxel_size(of, network)
     check_turns(network.settings, scheme.tta)
+    check_rotations(of, scheme.tta)
     slices = len(of.spatial_shape) - network.settings.dims
     rule = _over(network, slices)
     layout = same_layout(of, rule.stride)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import logging
 
+from pipeline.config import Tta
+from pipeline.errors import ArgumentError
 from pipeline.store.image import Image
 from pipeline.unet.model import Model
 from pipeline.unet.training.resampled import about_as_large
 
 log = logging.getLogger("haloseg")
+
+
+def check_rotations(image: Image, tta: Tta) -> None:
+    """Refuse quarter turns of voxels that are longer along y than along x, or shorter: objects would change shape.
+
+    Raises
+    ------
+    ArgumentError : they differ by more than a hundredth.
+    """
+    y, x = image.voxel_size_um[-2:] if image.voxel_size_um else (1.0, 1.0)
+    if tta is Tta.ROTATIONS and abs(y - x) > 0.01 * max(y, x):
+        raise ArgumentError(
+            f"rotations need voxels as long along y as along x, got {y:g} and {x:g} um in {image.location}; use "
+            "--tta flips"
+        )
 
 
 def warn_of_voxel_size(image: Image, model: Model) -> None:

@@ -130,3 +130,7 @@ def test_rotations_are_refused_in_one_line_where_y_and_x_differ(tmp_path, capsys
     assert "rotations need a network that treats y and x alike" in capsys.readouterr().err
     assert tree_digest(image) == before
     assert main(["segment", image, "--model", model, "--name", "x", "--tta", "flips", "--workers", "1"]) == 0
+    tall, model = str(tmp_path / "tall.zarr"), model_file(tmp_path / "square.safetensors", FLAT)
+    ingest(str(tmp_path / "scan.tif"), tall, voxel_size_um=(0.6, 0.5))
+    assert main(["segment", tall, "--model", model, "--name", "x", "--tta", "rotations"]) == 2
+    assert "rotations need voxels as long along y as along x, got 0.6 and 0.5 um" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from distributed import Client
 
 log = logging.getLogger("haloseg")
 
-ANSWER_TIMEOUT_S = 30.0  # a worker may have to import torch first, from a slow disk
+ANSWER_TIMEOUT_S = 30.0
 _MUTE = object()
 
 

@@ -16,8 +16,11 @@ from typing import Any
 from distributed import Client
 
 from pipeline.compute.asking import ask, warn_of_mute
+from pipeline.errors import ClusterError
 
 log = logging.getLogger("haloseg")
+
+DEVICE_TIMEOUT_S = 120.0  # a worker may have to import torch first, from a slow disk
 
 
 def gpu_workers(workers: Mapping[str, Any]) -> frozenset[str]:
@@ -26,11 +29,20 @@ def gpu_workers(workers: Mapping[str, Any]) -> frozenset[str]:
 
 
 def device_of(client: Client) -> str:
-    """Return the device of the workers that blocks go to: "cuda" where every one has a GPU that torch can use."""
+    """Return the device of the workers that blocks go to: "cuda" where every one has a GPU that torch can use.
+
+    Those that are mute are told of; the others decide.
+
+    Raises
+    ------
+    ClusterError : all are mute.
+    """
     every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     claimed = gpu_workers(every)
-    answers = ask(client, _device, workers=claimed or frozenset(every))
-    warn_of_mute(answers.mute, what="the others tell what all compute on")
+    answers = ask(client, _device, workers=claimed or frozenset(every), timeout_s=DEVICE_TIMEOUT_S)
+    if answers.mute and not answers.told:
+        raise ClusterError(f"no answer of {len(answers.mute)} within {DEVICE_TIMEOUT_S:g} s")
+    warn_of_mute(answers.mute, what="the others tell what all compute on", timeout_s=DEVICE_TIMEOUT_S)
     asked, n_gpus = answers.told, sum(each == "cuda" for each in answers.told.values())
     if n_gpus == len(asked) > 0:
         return "cuda"

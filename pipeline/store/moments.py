@@ -37,7 +37,7 @@ class Moments:
             plane = voxels[at].astype(np.float64).ravel()
             total[at] = plane.sum()
             plane -= total[at] / count
-            spread[at] = np.square(plane, out=plane).sum()  # a product of BLAS goes by its threads, which spin meanwhile
+            spread[at] = np.square(plane, out=plane).sum()  # not by BLAS, whose threads spin and round by their number
         return cls(start, count, total, spread)
 
 

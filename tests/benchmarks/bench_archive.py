@@ -23,7 +23,9 @@ from distributed import Client, LocalCluster
 from pipeline.compute import window
 from pipeline.compute.cluster import DaskRunner, open_runner
 from pipeline.compute.local import LOG_LENGTH
+from pipeline.compute.losses import Losses
 from pipeline.compute.runner import BlockRecord
+from pipeline.compute.upkeep import PREFIX
 
 INGEST_S, REPORT_S, BLOCK_S = 2.0, 1.0, 0.5
 N_SCANS, N_BLOCKS, N_WORKERS = 5, 60, 2
@@ -96,9 +98,11 @@ def bench_blocks(n_blocks, n_workers, *, one_by_one):
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        begin = time.perf_counter()
-        DaskRunner(client)(Timed(0.0), range(n_blocks), on_record=on_record)
-        took = time.perf_counter() - begin
+        losses = Losses(prefix=f"{PREFIX}{client.id}-")
+        with losses.listening(client):
+            begin = time.perf_counter()
+            DaskRunner(client, losses)(Timed(0.0), range(n_blocks), on_record=on_record)
+            took = time.perf_counter() - begin
     return [{
         "case": f"{n_blocks} empty blocks{', one by one' if one_by_one else ''}, {n_workers} workers in one process",
         "blocks_per_s": round(n_blocks / took), "mib": resident,

@@ -74,15 +74,21 @@ def test_blocks_go_to_gpu_workers_alone_where_there_are_any(tmp_path):
         assert list(spans(tmp_path)) == [str(pid)]
 
 
-def test_what_needs_no_device_is_kept_off_the_gpu_workers_where_there_are_others(tmp_path):
+def test_what_needs_no_device_is_kept_off_the_gpu_workers_where_there_are_others(tmp_path, caplog):
     acts = ((3, "fail twice"),)
     with processes(tmp_path) as started:
         started.worker("--nthreads", "1", "--resources", "GPU=1")
         with open_runner(cluster=started.address, n_workers=1) as run:
             assert run(Copying(str(tmp_path / "alone"), acts), range(4), on_record=lambda _: None) == ()
             assert len(spans(tmp_path / "alone")) == 1  # on the GPU worker, the only one
+            assert not run.can_copy(str(tmp_path))
             hosts = [started.worker("--nthreads", "1", "--no-nanny") for _ in range(2)]
             run.client.wait_for_workers(3, timeout=30)
+            assert run.can_copy(str(tmp_path))
+            assert run.can_copy(f"{tmp_path}/alone*")
+            assert run.can_copy("s3://bucket/scan.tif")
+            assert not run.can_copy(str(tmp_path / "nowhere.tif"))
+            assert "nowhere.tif, since 2 of 2 workers do not see it: mount it there, too" in caplog.text
             assert run(Copying(str(tmp_path / "hosts"), acts, sleep_s=0.03), range(24), on_record=lambda _: None) == ()
             assert set(spans(tmp_path / "hosts")) == {str(each.pid) for each in hosts}
             seen = []

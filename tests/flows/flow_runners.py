@@ -42,6 +42,11 @@ class Here:
 
     check_alive = check
 
+    def can_copy(self, scan):
+        """Leave copying to the flow."""
+        del scan
+        return False
+
     def __call__(self, work, indices, *, on_record):
         return run_serial(Flaky(work, self.attempts), indices, on_record=on_record)
 

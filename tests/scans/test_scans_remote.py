@@ -19,7 +19,7 @@ import tifffile
 from objects import digests
 
 from pipeline.errors import ScanError
-from pipeline.identity import stamps
+from pipeline.identity import check_unchanged, stamps
 from pipeline.ingest import ingest
 from pipeline.scans.backend import open_scan
 from pipeline.scans.scratch import folder, lies_in_memory
@@ -164,6 +164,16 @@ def test_of_a_corner_little_more_than_the_corner_is_fetched(bucket, objects, tmp
     lines = 0 if settings else 100 * SLIDE.shape[1]  # without tiles, what lies between the lines comes along
     most = 4 * 128 * 128 + lines + 3 * (64 << 10)  # the segments; the file's structure, in blocks of 64 KiB
     assert 100 * 100 < sum(seen) < most < n_bytes / 5
+
+
+def test_whether_it_is_still_the_same_is_one_question(bucket, tmp_path, caplog):
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME)
+    put(tmp_path / "scan.tif", f"{bucket}/scan.tif")
+    before = stamps(f"{bucket}/scan.tif")
+    caplog.set_level("DEBUG", "s3fs")
+    check_unchanged(f"{bucket}/scan.tif", before)
+    asked = [each.getMessage().split()[1] for each in caplog.records if each.getMessage().startswith("CALL:")]
+    assert asked == ["head_object"]
 
 
 def test_an_image_of_it_has_the_bytes_of_one_from_a_disk(bucket, tmp_path):
