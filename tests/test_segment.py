@@ -217,6 +217,22 @@ def test_a_column_too_wide_for_the_device_is_run_in_parts_and_ends_in_the_same_b
     assert tree_digest(f"{image}/labels/full/0") == tree_digest(f"{image}/labels/free/0")
 
 
+def test_a_plan_is_for_as_many_workers_as_the_whole_run_is_worth_also_when_some_is_done(tmp_path):
+    _, image, model = prepared(tmp_path, (70, 50, 37), CASES["3-D same"][1], chunk=(16,) * 3, shard=(16,) * 3)
+    plan = plan_segment(image, model=model, name="x", scheme=Scheme(n_workers=4))
+    bare = plan.multiply_adds / plan.halo_tax
+    for worth, n_workers in ((None, 4), (bare / 9, 4), (bare * 1.01, 1), (bare / 2.5, 3)):
+        scheme = Scheme(n_workers=4, worth_a_worker=worth and round(worth))
+        planned = plan_segment(image, model=model, name="x", scheme=scheme)
+        assert planned.n_workers == n_workers
+        assert planned.columns == plan_segment(image, model=model, name="x", scheme=Scheme(n_workers=n_workers)).columns
+    with pytest.raises(KeyboardInterrupt):
+        segment(planned, run=stopping_after(1))
+    assert 0 < len(planned.done()) < len(planned.grid)
+    again = plan_segment(image, model=model, name="x", scheme=scheme)
+    assert (again.n_workers, again.columns) == (3, planned.columns)
+
+
 def stopping_after(n_blocks):
     """Return a runner that is interrupted after some blocks, in the middle of the next one's write."""
 

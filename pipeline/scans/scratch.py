@@ -86,6 +86,7 @@ class Scratch:
         self._most_bytes, self._most_arrays = most_bytes, most_arrays
         self._lock, self._told = threading.Lock(), False
         self._files: list[_File] = []
+        self._process = os.getpid()
 
     def __contains__(self, key: Hashable) -> bool:
         with self._lock:
@@ -94,6 +95,7 @@ class Scratch:
     def get(self, key: Hashable) -> NDArray[Any] | None:
         """Return the array under ``key``, read from the disk as far as it is looked at, or None if it is not here."""
         with self._lock:
+            self._leave_to_parent()
             return next((file.get(key) for file in self._files if key in file), None)
 
     def put(self, key: Hashable, array: NDArray[Any]) -> None:
@@ -103,6 +105,7 @@ class Scratch:
     def fill(self, key: Hashable, pieces: Pieces) -> None:
         """Keep an array that comes in pieces, which are not made where the disk has no room."""
         with self._lock:
+            self._leave_to_parent()
             try:
                 if not (self._files and self._files[-1].has_room(pieces.n_bytes)):
                     self._begin(pieces.n_bytes)
@@ -114,6 +117,11 @@ class Scratch:
                         "TMPDIR may name another folder", folder(), error,
                     )  # fmt: skip
                 self._told = True
+
+    def _leave_to_parent(self) -> None:
+        """Let go of files that this process was forked with: two that write into one would write over each other."""
+        if self._process != os.getpid():
+            self._files, self._process = [], os.getpid()
 
     def _begin(self, n_bytes: int) -> None:
         """Begin a file, and let go of the one before the last."""

@@ -52,6 +52,16 @@ def test_an_array_that_is_read_stays_readable_when_its_file_is_let_go_of(disk):
     assert list(disk.iterdir()) == []
 
 
+def test_a_forked_process_has_files_of_its_own(disk, monkeypatch):
+    scratch = Scratch()
+    scratch.put("of the parent", np.arange(10))
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: 1)
+        assert scratch.get("of the parent") is None
+        scratch.put("of the child", np.arange(5))
+        np.testing.assert_array_equal(scratch.get("of the child"), np.arange(5))
+
+
 def test_no_room_is_told_once_and_costs_nothing_else(disk, monkeypatch, caplog):
     cache = SegmentCache(budget_bytes=1, scratch=Scratch(most_bytes=10))
     for _ in range(2):
