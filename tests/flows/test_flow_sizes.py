@@ -37,7 +37,7 @@ def left_by(run_id):
         )
         about = {"any_resource": {"id": [f"prefect.flow-run.{run_id}"]}}
         events = client._client.post("/events/filter", json={"filter": about, "limit": 50}).json()
-    assert events["total"] == len(events["events"])
+    assert events["total"] <= len(events["events"]) < 50  # more may have come since they were counted
     return len(tasks), len(artifacts), Counter(each["event"] for each in events["events"])
 
 
