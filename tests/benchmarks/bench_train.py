@@ -6,6 +6,9 @@ same steps. Rounds are interleaved; medians are told. On a machine that others u
 time say more: on a CPU that is what reading takes from the network.
 
     python tests/benchmarks/bench_train.py [--device cpu|cuda] [--rounds 5] [--steps 20] [--dims 2|3] [--width N]
+        [--sleep-ms MS]
+
+With ``--sleep-ms`` a step only sleeps so long: a device that needs nothing of the processor meanwhile.
 """
 
 import argparse
@@ -52,18 +55,18 @@ def image_in(folder, dims):
     return image
 
 
-def rate_of(learner, drawn, *, n, device):
+def rate_of(take, drawn, *, n):
     """Return patches/s of steps from batches as they come, and patches per second of CPU time of all threads."""
     ends, before = [], None
     for step, patches in drawn:
-        loss = learner.learn(batch_of(patches, device=device), step=step, rate=1e-3)
+        loss = take(patches, step)
         if before is None:
             loss.item()  # the first step waits for the first batch, and is not counted
             ends.append((time.perf_counter(), time.process_time()))
         before = loss
     before.item()  # of a GPU, which is done with all of them then
     ends.append((time.perf_counter(), time.process_time()))
-    return tuple((step - 1) * n / (b - a) for a, b in zip(*ends, strict=True))
+    return tuple((step - 1) * n / max(b - a, 1e-9) for a, b in zip(*ends, strict=True))
 
 
 def main():
@@ -74,6 +77,7 @@ def main():
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--precision", default="float32", choices=("float32", "bf16"))
+    parser.add_argument("--sleep-ms", type=float, default=0.0)
     args = parser.parse_args()
     device = pick_device(args.device)
     keep_freed_memory()  # as ``fit`` does
@@ -84,12 +88,19 @@ def main():
         lesson = open_lesson([image_in(Path(folder), args.dims)], labels="truth", recipe=recipe)
         n = recipe.batch_size(args.dims)
         learner = Learner.new(lesson.settings, objective=Objective(recipe.loss), recipe=recipe, device=device)
+
+        def take(patches, step):
+            if args.sleep_ms:
+                time.sleep(args.sleep_ms / 1e3)
+                return torch.zeros(())
+            return learner.learn(batch_of(patches, device=device), step=step, rate=1e-3)
+
         steps = {"seed": 0, "first": 1, "last": args.steps + 1}
         in_memory = list(batches(lesson.learn, n, **steps))
         rates = {"from disk": [], "from memory": []}
         for name in [name for _, name in zip(range(2 * args.rounds + 2), cycle(rates), strict=False)]:
             drawn = in_memory if name == "from memory" else batches(lesson.learn, n, **steps)
-            rates[name].append(rate_of(learner, drawn, n=n, device=device))
+            rates[name].append(rate_of(take, drawn, n=n))
             print("{}: {:.2f} patches/s, {:.2f} per CPU s".format(name, *rates[name][-1]), file=sys.stderr, flush=True)
     disk, memory = ([median(each) for each in zip(*found[1:], strict=True)] for found in rates.values())  # one warms up
     json.dump({
