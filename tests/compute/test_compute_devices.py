@@ -13,6 +13,7 @@ from volumes import model_file, scan_file
 
 from pipeline.cli import main
 from pipeline.compute.cluster import device_at, open_runner
+from pipeline.config import WORTH_A_WORKER
 from pipeline.errors import ClusterError
 from pipeline.store.arrays import open_array
 from pipeline.store.location import Location
@@ -115,12 +116,13 @@ def test_a_run_takes_every_gpu_that_the_user_shows_and_ends_in_the_same_labels(t
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("this process began to use a GPU"))
-    monkeypatch.setattr("pipeline.commands.WORTH_A_WORKER", {"cuda": 1_000_000, "cpu": 0})
     about = (image, "--model", model, "--probabilities", "--json", "--column", "1,2,2")
     capsys.readouterr()
-    assert main(["plan", *about]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert (plan["device"], plan["workers"], plan["gpus"]) == ("cuda", 2, ["GPU-a", "GPU-b"])
+    for gpus, worth in ((["GPU-a"], 10**14), (["GPU-a", "GPU-b"], 10**6)):  # of a small scan, and of a large one
+        monkeypatch.setitem(WORTH_A_WORKER, "cuda", worth)
+        assert main(["plan", *about]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert (plan["device"], plan["workers"], plan["gpus"]) == ("cuda", len(gpus), gpus)
     assert main(["segment", *about, "--name", "three", "--workers", "3"]) == 2
     assert capsys.readouterr().err.endswith("a GPU of its own, got 3 and 2 GPUs; use 2 or fewer\n")
     with dask.config.set({"distributed.worker.preload": [str(tmp_path / "gpu.py")]}):
