@@ -162,6 +162,9 @@ def test_registering_makes_pool_and_deployments_and_each_automation_once(server)
         {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
     ]  # fmt: skip
     assert {each["work_queue_name"] for each in made.values()} == {"default", "train"}
+    forms = {name: each["parameter_openapi_schema"]["properties"] for name, each in made.items()}
+    assert sum(map(len, forms.values())) > 30
+    assert [(name, each) for name, form in forms.items() for each in form if not form[each].get("description")] == []
     assert "$" not in json.dumps([each["parameters"] | each["job_variables"] for each in made.values()])
 
 

@@ -11,8 +11,7 @@ import time
 import numpy as np
 import pytest
 import tifffile
-from deploy_files import DEPLOY, until
-from test_deploy_dask_tls import make, tls_environment
+from deploy_files import DEPLOY, make_certificates, tls_environment, until
 
 from pipeline.ingest import ingest
 
@@ -53,7 +52,7 @@ def hosts():
 def cluster(hosts, tmp_path_factory):
     """Run a scheduler and a worker on one host, and another worker on the other one."""
     folder = tmp_path_factory.mktemp("hosts")
-    assert make(folder / "certificates", DESK, NODE).returncode == 0
+    assert make_certificates(folder / "certificates", DESK, NODE).returncode == 0
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = os.environ | tls_environment(folder / "certificates") | threads
     started = []
