@@ -78,7 +78,7 @@ def ingest_stage(
 def _copying(scan: str) -> AbstractContextManager[RunBlocks]:
     """Return what copies a scan: those workers of an archive's cluster that have no GPU, or else this machine."""
     shared = SHARED_RUNNER.get()
-    return nullcontext(shared) if shared and shared.can_copy(scan) else here(n_most=_MOST_HOSTS)
+    return nullcontext(shared) if shared and shared.can_copy(scan) else here(n_most=_MOST_HOSTS, given_up=given_up())
 
 
 def _warn_of(retries: Retries) -> None:

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--cluster", default="local", metavar="local|ADDRESS", help="run here, or on a Dask scheduler (tcp://host:8786)"
     )
-    workers_help = "processes (default: the GPUs or cores, if it is worth it; ingest: 1); of a cluster: to share among"
+    workers_help = "processes (default: the GPUs or cores, if it is worth it); of a cluster: to share among"
     cluster.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     verbs = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

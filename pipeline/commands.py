@@ -92,7 +92,7 @@ def segment(args: Namespace) -> Document:
     with bars(shown=True) as watch:
         scheme = _scheme_of(args)
         with _held(resolve_name("pipeline.segment:image_of")(args.image)):
-            with _here() as run:
+            with _here(args.workers) as run:
                 image = resolve_name("pipeline.segment:as_image")(
                     args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
                 )
@@ -256,8 +256,10 @@ def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
     return _opened(args.cluster, args.workers) if args.workers or args.cluster != "local" else _here()
 
 
-def _here() -> AbstractContextManager[RunBlocks]:
-    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.hosts:here")()
+def _here(n_most: int | None = None) -> AbstractContextManager[RunBlocks]:
+    """Return what copies in processes of this machine: as many as it is worth, at most so many."""
+    most = {"n_most": n_most} if n_most else {}
+    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.hosts:here")(**most)
     return runner
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from time import perf_counter
 from typing import Any, ClassVar
+from weakref import finalize
 
 import numpy as np
 import xarray as xr
@@ -23,9 +24,18 @@ from pipeline.compute.watch import Watcher
 from pipeline.geometry.grid import Block, BlockGrid
 from pipeline.identity import unchanged
 from pipeline.scans.backend import open_scan
+from pipeline.scans.cache import DECODED
 from pipeline.store.arrays import done_shards, open_array, shard_location, write_shard
 from pipeline.store.location import Location, storage_errors
 from pipeline.works.measure import Notes
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a worker holds open; what was decoded of the scan is let go of with it."""
+
+    scan: xr.DataArray
+    target: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +62,26 @@ class IngestBlocks:
     def setup(self) -> Any:  # noqa: ANN401
         """Open the scan and the array."""
         with unchanged(self.scan, self.stamps):
-            return open_scan(self.scan), open_array(self.target)
+            opened = _Opened(open_scan(self.scan), open_array(self.target))
+        finalize(opened, DECODED.forget)
+        return opened
 
     def run(self, state: Any, index: int) -> BlockRecord:  # noqa: ANN401
         """Copy what is missing of one group."""
-        _, target = state
+        target = state.target
         n_voxels, n_blocks, read_s, begin = 0, 0, 0.0, perf_counter()
         for block in self.shards.within(self.grid.block(index).core):
             if not shard_location(target, block.core, location=self.target).exists():
                 beat()
                 read_s += self._copy(state, block)
                 n_voxels, n_blocks = n_voxels + block.core.n_voxels, n_blocks + 1
+        if self.grid.core_shape != self.shards.core_shape:
+            DECODED.forget()  # no other group shares what this one has read whole
         return BlockRecord(index, n_voxels, read_s, 0.0, perf_counter() - begin - read_s, n_blocks=n_blocks)
 
     def _copy(self, state: Any, block: Block) -> float:  # noqa: ANN401
         """Copy one shard; returns the seconds of reading."""
-        scan, target = state
+        scan, target = state.scan, state.target
         core, begin = block.core, perf_counter()
         region = dict(zip(spatial_of(scan), core.slices, strict=True))
         with unchanged(self.scan, self.stamps):

@@ -52,7 +52,7 @@ def fingerprint(
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> str:
     """Return in which settings two fingerprints differ, "model" where not in these alone; empty if in nothing."""
-    keys = {key for key, _ in was.items() ^ now.items()}
+    keys = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     return " and ".join(sorted(keys)) if keys <= {"precision", "tta"} else "model"
 
 

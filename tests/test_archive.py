@@ -17,7 +17,7 @@ from pipeline.archive import Archive, State, survey
 from pipeline.compute.runner import run_serial
 from pipeline.config import Precision
 from pipeline.errors import ArgumentError, ModelError
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, ingest_labels
 from pipeline.plan import plan_segment
 from pipeline.segment import segment
 from pipeline.store.image import open_image
@@ -142,6 +142,16 @@ def test_labels_of_another_model_are_left_and_told(home):
     (scan,) = survey(archive).scans
     assert scan.state is State.BLOCKED
     assert scan.detail.startswith("labels classes are of another model; choose another name or delete ")
+
+
+def test_labels_that_were_ingested_under_the_name_are_left_and_told(home):
+    archive = archive_of(home, pattern="a.tif", name="truth")
+    (scan,) = survey(archive).scans
+    ingest(scan.path, scan.image)
+    ingest_labels(scan.path, image=scan.image, name="truth")
+    (scan,) = survey(archive).scans
+    assert scan.state is State.BLOCKED
+    assert scan.detail.startswith("labels truth are of another model; choose another name or delete ")
 
 
 def test_what_lies_beside_scans_is_not_taken_for_one(home):

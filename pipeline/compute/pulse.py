@@ -16,6 +16,7 @@ from threading import Event, Thread, local
 from time import monotonic, sleep
 
 from pipeline.compute.metrics import count_beat
+from pipeline.errors import GivenUpError
 
 log = logging.getLogger("haloseg")
 
@@ -74,8 +75,26 @@ class Pulse:
                 os._exit(_EXIT_STUCK)
 
 
+@contextmanager
+def stopped_by(given_up: Event) -> Iterator[None]:
+    """Have this thread's blocks end at their next beat once the event is set, where no worker runs them.
+
+    Raises
+    ------
+    GivenUpError : it was set.
+    """
+    _mine.given_up = given_up
+    try:
+        yield
+    finally:
+        _mine.given_up = None
+
+
 def beat() -> None:
     """Say that the block that this thread runs goes on."""
     pulse: Pulse | None = getattr(_mine, "pulse", None)
     if pulse is not None:
         pulse.beat()
+    given_up: Event | None = getattr(_mine, "given_up", None)
+    if given_up is not None and given_up.is_set():
+        raise GivenUpError

@@ -135,18 +135,22 @@ class Window:
 
     def _submit(self, task: _Task) -> None:
         others = self._wanted(task.avoid)
+        for_all = bool(others) and (self._uses_device or not self._mixed)  # Dask steals for others, where they may
         with annotate(span=SPAN):
             future = self._client.submit(
                 ThroughGate(), self._name, task.indices, TASK_S,
                 key=f"{self._name}-{next(self._numbers)}", pure=False, retries=0, priority=self._priority,
                 resources={"GPU": 1} if self._gpu else None,
-                workers=sorted(others) or None, allow_other_workers=bool(others),
+                workers=sorted(others) or None, allow_other_workers=for_all,
             )  # fmt: skip
         self._in_flight[future] = replace(task, others=others)
         future.add_done_callback(self._finished.put)
 
     def _wanted(self, avoid: str) -> frozenset[str]:
-        """Return the workers that an attempt is for, and others only where these are gone; empty: any will do."""
+        """Return the workers that an attempt is for; empty: any will do.
+
+        Others may take it, by Dask's stealing too, but for what is kept off GPU workers: see ``_free``.
+        """
         others = self._workers - {avoid} if avoid else frozenset[str]()
         if not self._mixed:
             return others

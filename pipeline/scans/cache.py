@@ -42,6 +42,13 @@ class SegmentCache:
         with self._lock:
             return key in self._kept or key in self._coming or key in self._scratch
 
+    def forget(self) -> None:
+        """Let go of all arrays; those that are just made stay with who waits for them."""
+        with self._lock:
+            self._kept.clear()
+            self.n_bytes = 0
+        self._scratch.forget()
+
     def get(
         self, key: Hashable, make: Callable[[], NDArray[Any]], *, again: bool = False, pieces: Pieces | None = None
     ) -> NDArray[Any]:
@@ -80,13 +87,13 @@ class SegmentCache:
                 array.flags.writeable = False
                 with self._lock:
                     spare = self._keep(key, array, again=again)
+            for each in spare:
+                self._scratch.put(*each)
         except BaseException as error:
             with self._lock:
                 del self._coming[key]
             mine.set_exception(error)
             raise
-        for each in spare:
-            self._scratch.put(*each)
         with self._lock:
             del self._coming[key]
         mine.set_result(array)

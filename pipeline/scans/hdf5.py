@@ -19,6 +19,7 @@ from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange, unlabelled
 from pipeline.scans.files import is_remote, opened
 from pipeline.scans.lazy import LazyScan
+from pipeline.scans.mapped import LINE
 
 try:
     import h5py
@@ -55,7 +56,8 @@ def open_hdf5(path: str, /) -> LazyScan:
         name = _chosen(wanted.strip("/"), found, path=path)
         data = file[name]
         shape = tuple(int(n) for n in data.shape)
-        source = HDF5Source(file_path, name, data.dtype, shape, data.chunks or (*(1,) * (len(shape) - 1), shape[-1]))
+        chunks = data.chunks or (*(1,) * (len(shape) - 1), min(shape[-1], LINE))
+        source = HDF5Source(file_path, name, data.dtype, shape, chunks)
         axes, size = _labels(data) or unlabelled(shape, path=path), _voxel_size_um(data.attrs)
     return arrange(source, axes=axes, path=path, format_name="HDF5", voxel_size_um=size)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.scans.files import about, fetched, is_remote
 from pipeline.scans.lazy import damaged
 
+LINE = 128  # voxels of one
 _LARGEST_GAP_BYTES = 16 << 10  # between two lines that are fetched as one
 _AT_ONCE_BYTES = 32 << 20
 
@@ -40,9 +41,9 @@ class MappedSource:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Lines along the fastest axis can be read alone."""
+        """Any voxel can be read alone; so many along the fastest axis are worth a read."""
         line = len(self.shape) - 1 if self.order == "C" else 0
-        return tuple(n if axis == line else 1 for axis, n in enumerate(self.shape))
+        return tuple(min(n, LINE) if axis == line else 1 for axis, n in enumerate(self.shape))
 
     def read(self, slices: tuple[slice, ...], /) -> NDArray[Any]:
         """Return a copy of the voxels under the slices."""

@@ -47,10 +47,10 @@ class _File:
 
     def __init__(self, *, most_bytes: int, most_arrays: int) -> None:
         with _no_room():
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder())  # noqa: SIM115 open until it is closed
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder(), buffering=0)  # noqa: SIM115 open until it is closed
         self.close = finalize(self, self._file.close)
         about = os.fstatvfs(self._file.fileno())
-        self._n_left = min(most_bytes, about.f_bavail * about.f_frsize // 4)
+        self._n_left = min(most_bytes, about.f_bavail * about.f_frsize // (4 * (os.cpu_count() or 1)))
         self._most_arrays = most_arrays
         self._places: dict[Hashable, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
 
@@ -62,12 +62,19 @@ class _File:
 
     def put(self, key: Hashable, pieces: Pieces) -> None:
         offset = self._file.seek(0, os.SEEK_END)
+        try:
+            for piece in pieces.make():
+                with _no_room():
+                    self._write(piece.data.cast("B"))
+        except BaseException:
+            self._file.truncate(offset)  # what others need more
+            raise
         self._n_left -= pieces.n_bytes
-        for piece in pieces.make():
-            with _no_room():
-                self._file.write(piece.data.cast("B"))
-                self._file.flush()
         self._places[key] = offset, pieces.dtype, pieces.shape
+
+    def _write(self, content: memoryview) -> None:
+        while content:
+            content = content[self._file.write(content) :]
 
     def get(self, key: Hashable) -> NDArray[Any]:
         offset, dtype, shape = self._places[key]
@@ -75,7 +82,7 @@ class _File:
 
 
 class Scratch:
-    """Arrays under keys, in two files of at most ``most_bytes`` each, and a quarter of what is free there.
+    """Arrays under keys, in two files of at most ``most_bytes`` each, and a process's share of a quarter of the room.
 
         | old: read only | young: written |    when the young one is full, it becomes the old one, whose room is freed
 
@@ -97,6 +104,13 @@ class Scratch:
         with self._lock:
             self._leave_to_parent()
             return next((file.get(key) for file in self._files if key in file), None)
+
+    def forget(self) -> None:
+        """Give the disk its room back; arrays that somebody still reads stay until then."""
+        with self._lock:
+            self._leave_to_parent()
+            while self._files:
+                self._files.pop().close()
 
     def put(self, key: Hashable, array: NDArray[Any]) -> None:
         """Keep an array, unless the disk has no room for it, which is told once."""

@@ -54,8 +54,9 @@ class Inflate:
                 yield self._voxels(bytes(pending[: n_rows * row_bytes]), (1, n_rows, *row))
                 del pending[: n_rows * row_bytes]
                 n_left -= n_rows
-        if n_left:
-            raise damaged(self.path, cause=f"the strip at byte {offset} lacks {n_left} of {shape[1]} rows")
+            if not n_left:
+                return  # what follows is padding
+        raise damaged(self.path, cause=f"the strip at byte {offset} lacks {n_left} of {shape[1]} rows")
 
     def _inflated(self, read: Read, offset: int, count: int) -> Iterator[bytes]:
         """Yield what comes of a strip, in pieces of bounded size."""

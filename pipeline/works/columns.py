@@ -136,7 +136,7 @@ class SegmentColumns:
                 counted.wrote(n_voxels=block.core.n_voxels)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def _engines(
     path: str, sha256: str, device: str, precision: Precision, tta: Tta, first: int
 ) -> tuple[Engine, ...]:

@@ -89,7 +89,7 @@ def test_what_needs_no_device_is_kept_off_the_gpu_workers_where_there_are_others
             assert run.can_copy("s3://bucket/scan.tif")
             assert not run.can_copy(str(tmp_path / "nowhere.tif"))
             assert "nowhere.tif, since 2 of 2 workers do not see it: mount it there, too" in caplog.text
-            assert run(Copying(str(tmp_path / "hosts"), acts, sleep_s=0.03), range(24), on_record=lambda _: None) == ()
+            assert run(Copying(str(tmp_path / "hosts"), acts, sleep_s=0.25), range(16), on_record=lambda _: None) == ()
             assert set(spans(tmp_path / "hosts")) == {str(each.pid) for each in hosts}
             seen = []
 

@@ -1,5 +1,7 @@
 """Decoded parts that memory has no room for: kept on a disk, unseen there, and told of where the disk has none."""
 
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -109,3 +111,31 @@ def test_the_cache_puts_on_disk_what_will_be_wanted_again_and_that_alone(disk):
         get(key, again=False)
     assert made == [0, 1, 2, 3, 4, 3, 4]
     assert cache.n_bytes <= 100
+
+
+FULL = """
+import os, resource, sys, threading
+import numpy as np
+from pipeline.scans import scratch
+from pipeline.scans.cache import SegmentCache
+
+os.environ["TMPDIR"] = sys.argv[1]
+cache = SegmentCache(budget_bytes=1, scratch=scratch.Scratch())
+
+def get(key, n, made=None):
+    return cache.get(key, lambda: np.full(n, made, np.uint8), again=True)
+
+get("first", 1000, 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1001, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+assert (get("large", 4000, 2) == 2).all()  # does not fit any more, and costs no more than being made again
+assert (get("large", 4000, 3) == 3).all()
+assert (get("one", 1, 4) == 4).all()
+assert (get("first", 1000) == 1).all()
+assert (get("one", 1) == 4).all()
+assert not cache._coming
+"""
+
+
+def test_a_disk_that_fills_up_costs_what_did_not_fit_and_no_more(disk):
+    """A limit of a file's size stands for it."""
+    subprocess.run([sys.executable, "-c", FULL, str(disk)], check=True, timeout=60)
