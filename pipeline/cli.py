@@ -132,7 +132,8 @@ def _add_ingest(verb: argparse.ArgumentParser) -> None:
 def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("images", nargs="+", metavar="IMAGE")
     learnt = verb.add_mutually_exclusive_group(required=True)
-    learnt.add_argument("--labels", metavar="NAME", help="the label volume of each image to learn from")
+    labels_help = "the label volume of each image to learn from, or several that may overlap"
+    learnt.add_argument("--labels", metavar="NAME[,NAME]", help=labels_help)
     target_help = "instead: images to be made of IMAGE..., then of --held-out, by l1 or l2 (default recipe: regression)"
     learnt.add_argument("--target", nargs="+", default=[], metavar="IMAGE", help=target_help)
     made = verb.add_mutually_exclusive_group(required=True)
