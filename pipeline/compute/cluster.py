@@ -43,9 +43,9 @@ _NOISY_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "tornad
 class DaskRunner:
     """Runs blocks on the workers of a cluster, one at a time on each; see RunBlocks.
 
-    The work goes to each worker once, and each makes its state once. Workers may come and go during the run; one whose
-    resources name a GPU (``--resources GPU=1``) makes the run one for GPU workers only. Of several runs at once on one
-    cluster the blocks of the one of higher ``priority`` go first.
+    The work goes to each worker once, and each makes its state once. Workers may come and go during the run. Where
+    the resources of some name a GPU (``--resources GPU=1``), they alone compute, and do not copy while others can. Of
+    several runs at once on one cluster the blocks of the one of higher ``priority`` go first.
     """
 
     client: Client

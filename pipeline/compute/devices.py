@@ -24,7 +24,7 @@ DEVICE_TIMEOUT_S = 120.0  # a worker may have to import torch first, from a slow
 
 
 def gpu_workers(workers: Mapping[str, Any]) -> frozenset[str]:
-    """Return the addresses of those whose resources name a GPU: where there are any, they alone get blocks."""
+    """Return the addresses of those whose resources name a GPU: where there are any, they alone compute blocks."""
     return frozenset(address for address, each in workers.items() if each["resources"].get("GPU", 0) >= 1)
 
 
@@ -54,7 +54,7 @@ def device_of(client: Client) -> str:
     elif n_gpus:
         log.warning(
             "all compute on the CPU, since %d of %d workers have a GPU: start these with --resources GPU=1, and the "
-            "others get no blocks", n_gpus, len(asked),
+            "others only copy", n_gpus, len(asked),
         )  # fmt: skip
     return "cpu"
 

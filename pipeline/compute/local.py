@@ -24,7 +24,7 @@ log = logging.getLogger("haloseg")
 
 LOG_LENGTH = 100  # of Dask's logs for its own developers: 1000 messages to and from each worker are 1 MiB and more
 LOST_WORKER_TIMEOUT_S = 24 * 3600  # else Dask ends the nanny of a worker that is not back within 15 s
-HOSTS_PER_GPU = 4  # processes that copy, and make pyramids, while the GPU computes: 13 to 20 ns a voxel each
+HOSTS_PER_GPU = 4  # processes that copy, and make pyramids, while the GPU computes; deploy/serve.py has as many
 _KILL_TIMEOUT_S = 0.2
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
