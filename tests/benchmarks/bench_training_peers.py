@@ -1,7 +1,7 @@
 """Our usual training of membranes beside the U-Net paper's and MONAI's: same slices, same voxels, same device.
 
     python tests/benchmarks/bench_training_peers.py ARM [--fold N] [--seed N] [--steps N] [--width N]
-        [--precision bf16] [--device cuda]
+        [--tta none flips] [--precision bf16] [--device cuda]
 
 ARM is one of
 
@@ -14,11 +14,12 @@ ARM is one of
 ``--steps`` are of 8 patches of 128 x 128 voxels; ``unet2015`` takes as many as show it as many labelled voxels.
 All learn from the same slices of ISBI 2012, keep the weights of lowest loss over the same whole slices, which they do
 not learn from, at five times of the training, and are compared on the slices of the fold, whole, that none has seen.
-Ours are segmented as the command line does, MONAI's by its sliding_window_inference with half overlap, Gaussian.
+Ours are segmented as the command line does, by each ``--tta`` in turn, MONAI's by its sliding_window_inference with
+half overlap, Gaussian, which passes each voxel through the network four times, as ``--tta flips`` does.
 
 MONAI's changes of patches are its own transforms with usual values: flips, right-angle turns, Rand2DElastic (out of
 larger crops, so that no patch shows anything from beyond a crop), intensities scaled and shifted, noise. What it has
-for determinism is on. One row for each run goes to rows.jsonl in ``--folder``.
+for determinism is on. One row for each run, and each ``--tta``, goes to rows.jsonl in ``--folder``.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from bench_recipes import boundary_scores, cpu_s, images_of, membranes
 from scipy.ndimage import label as components
 
 from pipeline.compute.runner import run_serial
-from pipeline.config import Precision, Scheme
+from pipeline.config import Precision, Scheme, Tta
 from pipeline.ingest import ingest_labels
 from pipeline.lesson import open_lesson
 from pipeline.plan import plan_segment
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of MONAI's networks")
+    parser.add_argument("--tta", type=Tta, choices=Tta, nargs="+", default=[Tta.NONE], help="of our networks")
     parser.add_argument("--precision", type=Precision, choices=Precision, default=Precision.FLOAT32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/training"))
@@ -67,10 +69,10 @@ def main():
     learn, test = slices(args.folder, args.fold)
     arm = monai_arm if args.arm.startswith("monai") else our_arm
     row = {each: getattr(args, each) for each in ("arm", "fold", "seed", "steps")} | {"precision": str(args.precision)}
-    row |= arm(args, learn, test)
-    with (args.folder / "rows.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
+    for found in arm(args, learn, test):
+        with (args.folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row | found) + "\n")
+        print(json.dumps(row | found), flush=True)
 
 
 def slices(folder, fold):
@@ -110,13 +112,14 @@ def our_arm(args, learn, test):
         "parameters": result.to_json()["parameters"],
         "train_s": time.perf_counter() - begin, "train_cpu_s": cpu_s() - begin_cpu,
     }  # fmt: skip
-    found = []
-    for image, part in test:
-        scheme = Scheme(device=args.device)
-        plan = plan_segment(image, model=str(model), name=model.stem, probabilities=True, scheme=scheme)
-        segment(plan, run=run_serial)
-        found.append((np.asarray(zarr.open_array(str(plan.probabilities.location / "0"), mode="r")[0]), part))
-    return told | scores(found)
+    for tta in args.tta:
+        found = []
+        for image, part in test:
+            scheme, name = Scheme(device=args.device, tta=tta), f"{model.stem}-{tta}"
+            plan = plan_segment(image, model=str(model), name=name, probabilities=True, scheme=scheme)
+            segment(plan, run=run_serial)
+            found.append((np.asarray(zarr.open_array(str(plan.probabilities.location / "0"), mode="r")[0]), part))
+        yield told | {"tta": tta.value} | scores(found)
 
 
 def scores(found):
@@ -151,7 +154,7 @@ def monai_arm(args, learn, test):
     for _, part in test:
         logits = [inferred(network, normalised(each)[None], args.device) for each in part.image]
         found.append((torch.cat(logits).softmax(dim=1)[:, 0].cpu().numpy(), part))
-    return told | scores(found)
+    yield told | scores(found)
 
 
 def fit_monai(network, args, learnt, checked):
