@@ -215,4 +215,6 @@ def image_beside(path: str) -> Location:
         stem += ".haloseg"
     elif not dot or Path(file.url).is_dir():
         stem = file.name
+    elif file.name.lower().endswith(".nii.gz"):
+        stem = file.name[: -len(".nii.gz")]
     return file.parent / f"{stem}.zarr"

@@ -35,6 +35,12 @@ def about(path: str) -> tuple[int, str]:
     return int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")
 
 
+def is_dicom_file(path: str | Path) -> bool:
+    """Whether a file begins as DICOM does, after 128 bytes of anything."""
+    with Path(path).open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO | Any]:
     """Open a file for those who seek and read in it; a remote one fetches blocks of 64 KiB, and keeps the last 4 MiB.

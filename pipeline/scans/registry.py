@@ -14,13 +14,14 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ScanError
-from pipeline.scans.files import fetched, is_remote
+from pipeline.scans.files import fetched, is_dicom_file, is_remote
 from pipeline.scans.lazy import LazyScan, damage_named
 
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 _PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 _BY_RANGES = {".tif", ".tiff", ".svs", ".h5", ".hdf5"}
-_FILES = _PICTURES | _BY_RANGES | {".npy"}
+_MRC = {".mrc", ".mrcs", ".rec"}
+_FILES = _PICTURES | _BY_RANGES | _MRC | {".npy", ".nii", ".gz", ".nrrd", ".nhdr", ".dcm"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -80,6 +81,30 @@ def is_slices(path: str) -> bool:
     return not folder.exists() and glob.has_magic(path)
 
 
+def is_dicom(path: str) -> bool:
+    """Whether this is a DICOM file, or a folder with some, which may name a series."""
+    place = Path(path.partition("::")[0])
+    if is_remote(path) or not place.is_dir():
+        return not is_remote(path) and place.is_file() and is_dicom_file(place)
+    others = (each for each in place.iterdir() if each.suffix.lower() not in _FILES - {".dcm"} and each.is_file())
+    return any(is_dicom_file(each) for each in others)
+
+
+def is_nifti(path: str) -> bool:
+    """Whether this is a NIfTI file in one piece, or calls itself one."""
+    return path.lower().endswith((".nii", ".nii.gz")) or _start(path, 348)[344:] in (b"n+1\0", b"n+2\0")
+
+
+def is_nrrd(path: str) -> bool:
+    """Whether this is an NRRD file, or calls itself one."""
+    return _start(path).startswith(b"NRRD0") or Path(path).suffix.lower() in {".nrrd", ".nhdr"}
+
+
+def is_mrc(path: str) -> bool:
+    """Whether this is an MRC file, or calls itself one."""
+    return _start(path, 212)[208:] == b"MAP " or Path(path).suffix.lower() in _MRC
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A kind of scan: its name, whether a path is one, and "module:function" of its reader."""
@@ -97,10 +122,14 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:open_zarr"),
+    Format("DICOM (a file, or a folder with one series)", is_dicom, "pipeline.scans.dicom:open_dicom"),
     Format("HDF5 (FILE.h5::DATASET)", is_hdf5, "pipeline.scans.hdf5:open_hdf5"),
     Format("a folder or glob of PNG, JPEG or TIFF slices", is_slices, "pipeline.scans.slices:open_slices"),
     Format("PNG or JPEG", is_picture, "pipeline.scans.pictures:open_picture"),
     Format("NumPy (.npy)", is_npy, "pipeline.scans.npy:open_npy"),
+    Format("NIfTI (.nii, .nii.gz)", is_nifti, "pipeline.scans.nifti:open_nifti"),
+    Format("NRRD", is_nrrd, "pipeline.scans.nrrd:open_nrrd"),
+    Format("MRC (.mrc, .rec, .map)", is_mrc, "pipeline.scans.mrc:open_mrc"),
     Format("TIFF (OME, BigTIFF, ImageJ, SVS)", is_tiff, "pipeline.scans.tiff:open_tiff"),
 )
 
@@ -138,11 +167,11 @@ def open_lazy(path: str) -> LazyScan:
         raise ScanError(f"a scan must be readable, got {path}: {error.strerror or error}; check the file") from error
 
 
-def _start(path: str) -> bytes:
+def _start(path: str, n_bytes: int = 8) -> bytes:
     """Return the first bytes of a file; none of what is not a file."""
     if is_remote(path):
-        return fetched(path, [(0, 8)])[0]
+        return fetched(path, [(0, n_bytes)])[0]
     if not Path(path).is_file():
         return b""
     with Path(path).open("rb") as file:
-        return file.read(8)
+        return file.read(n_bytes)

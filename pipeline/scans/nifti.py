@@ -1,0 +1,62 @@
+"""NIfTI-1 and NIfTI-2 volumes, ``.nii`` and ``.nii.gz``; axes as ``anatomy`` has them, intensities as they are scaled.
+
+Where the file tells no orientation its voxels count as nibabel reads them: along x towards the patient's left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ScanError
+from pipeline.scans.anatomy import ScaledSource, in_body, scaled_dtype
+from pipeline.scans.compressed import CompressedSource, stamp_of
+from pipeline.scans.lazy import LazyScan, VoxelSource
+from pipeline.scans.mapped import MappedSource
+
+try:
+    import nibabel
+except ImportError as missing:
+    raise ScanError(
+        'NIfTI scans need the package nibabel, which is missing; pip install "haloseg[medical]"'
+    ) from missing
+
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_COLOURS = {"RGB": 3, "RGBA": 4}
+
+
+def open_nifti(path: str, /) -> LazyScan:
+    """Return the scan in a NIfTI file.
+
+    Raises
+    ------
+    ScanError : it has several time points, or numbers that are no intensities.
+    """
+    volume: Any = nibabel.load(path)
+    header = volume.header
+    dtype, shape = header.get_data_dtype(), tuple(map(int, volume.shape))
+    axes = "***TCQQ"[: len(shape)]
+    if len(shape) < 3:
+        shape, axes = (*shape, *(1,) * (3 - len(shape))), "***"
+    stored, axes = shape[::-1], axes[::-1]  # x is the fastest in the file
+    if dtype.names and (n_colours := _COLOURS.get("".join(dtype.names))):
+        dtype, stored, axes = np.dtype(np.uint8), (*stored, n_colours), axes + "S"
+    if dtype.kind not in "biuf":
+        raise ScanError(f"voxels must be integers or floats, got {dtype} in {path}; save one part of them")
+    offset = int(volume.dataobj.offset)
+    source: VoxelSource = MappedSource(path, dtype, stored, offset) if not _is_gzipped(path) else CompressedSource(
+        path, "gzip", dtype, stored, 0, offset, stamp_of(path)
+    )  # fmt: skip
+    steps = (_RAS_TO_LPS @ volume.affine[:3, :3]).T[::-1] * _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    slope, intercept = float(volume.dataobj.slope), float(volume.dataobj.inter)
+    meant = scaled_dtype(dtype, slope, intercept)
+    if (slope, intercept) != (1.0, 0.0):
+        source = ScaledSource(source, slope, intercept, meant)
+    return in_body(source, steps, axes=axes, path=path, format_name="NIfTI")
+
+
+def _is_gzipped(path: str) -> bool:
+    with open(path, "rb") as file:  # noqa: PTH123 beside nibabel, which takes names
+        return file.read(2) == b"\x1f\x8b"
