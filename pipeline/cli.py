@@ -146,9 +146,11 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--held-out", nargs="+", default=[], metavar="IMAGE", help="images to validate on, whole, not to learn from"
     )
-    verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
+    verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many, all members together")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--seed", type=int, default=0, metavar="N")
+    members_help = "so many networks, of seeds that follow each other, as one model: an ensemble (default 1)"
+    verb.add_argument("--members", type=_positive, default=1, metavar="N", help=members_help)
     verb.add_argument(
         "--processes", type=_positive, metavar="N", help="share each batch among so many (default: the GPUs; CPU: 1)"
     )

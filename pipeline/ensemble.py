@@ -56,15 +56,21 @@ def ensemble(models: Sequence[str]) -> Model:
         _check_alone(each)
     for first, second in combinations(members, 2):
         _check_pair(first, second)
+    return joined([each.model for each in members], names=[called(path) for path in models], made_by="haloseg ensemble")
+
+
+def joined(models: Sequence[Model], *, names: Sequence[str], made_by: str) -> Model:
+    """Return the model of several, not saved yet, which have a network each and differ in their weights alone."""
     record = [
-        {"model": called(each.path), "sha256": each.model.digest, "training": each.model.training} for each in members
-    ]
+        {"model": name, "sha256": each.digest, "training": each.training}
+        for name, each in zip(names, models, strict=True)
+    ]  # fmt: skip
     made = {
-        "made_by": "haloseg ensemble", "members": record,
+        "made_by": made_by, "members": record,
         "versions": {package: version(package) for package in ("haloseg", "torch", "numpy")},
     }  # fmt: skip
-    weights = together([each.model.weights for each in members])
-    return replace(members[0].model, weights=weights, training=made, n_networks=len(members), digest="")
+    weights = together([each.weights for each in models])
+    return replace(models[0], weights=weights, training=made, n_networks=len(models), digest="")
 
 
 def _check_alone(member: _Member) -> None:
@@ -114,15 +120,15 @@ def _told(value: Any) -> str:  # noqa: ANN401 fields differ in type
 
 def members_told(model: Model) -> list[dict[str, Any]]:
     """Return which models an ensemble was made of, and how good each was on what it was validated on."""
-    told = []
-    for each in model.training.get("members", []) if model.n_networks > 1 else []:
-        best = each["training"].get("best", {})
-        figures = ("psnr", "validation_psnr_db") if model.target_windows else ("dice", "validation_dice")
-        told.append({
-            "member": each["model"], "sha256": each["sha256"], "validation_loss": best.get("loss"),
-            figures[1]: best.get(figures[0]),
-        })  # fmt: skip
-    return told
+    members = model.training.get("members", []) if model.n_networks > 1 else []
+    return [{"member": each["model"], "sha256": each["sha256"], **figures_of(each["training"])} for each in members]
+
+
+def figures_of(training: dict[str, Any]) -> dict[str, Any]:
+    """Return how good a network was on what it was validated on, by the record of its training."""
+    best = training.get("best", {})
+    name, told = ("dice", "validation_dice") if best.get("dice") else ("psnr", "validation_psnr_db")
+    return {"validation_loss": best.get("loss"), told: best.get(name)}
 
 
 def kind_of(model: Model) -> str:

@@ -140,10 +140,14 @@ class Model:
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
     """Write the model at a path or URL, at once or not at all; returns it with the digest of its file."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
-    content = save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
+    content = _content(model)
     Location(os.fspath(path)).write_bytes(content)
     return replace(model, digest=hashlib.sha256(content).hexdigest())
+
+
+def as_saved(model: Model) -> Model:
+    """Return the model with the digest that its file would have."""
+    return replace(model, digest=hashlib.sha256(_content(model)).hexdigest())
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
@@ -196,6 +200,12 @@ def build_unet(model: Model, device: str) -> UNet:
     network.load_state_dict(model.weights, assign=True)
     network.to(memory_format=channels_last(model.unet.dims))  # type: ignore[call-overload]
     return network.to(device).eval().requires_grad_(False)
+
+
+def _content(model: Model) -> bytes:
+    """Return the bytes of a model's file."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
+    return save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
 
 
 def _document(content: bytes) -> dict[str, Any]:
