@@ -205,6 +205,15 @@ def test_names_stand_for_files_and_the_ensemble_is_the_next_version(place, capsy
     assert open_labels(f"{image}/labels/x").provenance["model_sha256"] == made["sha256"]
 
 
+def test_folds_whose_files_have_the_same_name_are_all_there(place, capsys):
+    for seed in range(3):
+        (place / f"fold-{seed}").mkdir()
+        model_file(f"fold-{seed}/cells.safetensors", FLAT, seed=seed)
+    folds = [f"fold-{seed}/cells.safetensors" for seed in range(3)]
+    made = printed(capsys, "ensemble", *folds, "--model", "all.safetensors")
+    assert made["networks"] == len(made["members"]) == len({each["sha256"] for each in made["members"]}) == 3
+
+
 DIFFERING = {
     "width 3 and 4": {"settings": replace(FLAT, width=4)}, "depth 2 and 1": {"settings": replace(FLAT, depth=1)},
     "block plain and residual": {"settings": replace(FLAT, block=Block.RESIDUAL)},
