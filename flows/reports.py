@@ -22,7 +22,7 @@ from pipeline.store.results import Result
 def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
     """Return what a run is going to do, before it does it."""
     shape = " x ".join(f"{n:,}" for n in plan.grid.shape)
-    columns = plan.columns
+    columns, networks, turns = plan.columns, plan.passes.n_networks, plan.passes.n_turns
     how = "overlapping tiles of " + "x".join(map(str, plan.tile_shape)) if columns is None else (
         f"columns along {plan.result.axes[columns.axis]}, slabs of {columns.slab} rows"
     )  # fmt: skip
@@ -36,8 +36,9 @@ def plan_markdown(plan: Plan, *, n_missing: int, n_workers: int) -> str:
         ("blocks", f"{len(plan.grid):,}, of which {n_missing:,} are to be done"),
         ("work", f"{plan.n_units:,} {how}"),
         ("workers", workers if n_workers else "those of the cluster"),
+        *([("networks", f"{networks}, the mean of which is taken")] if networks > 1 else []),
         ("engine", f"{plan.engine}, {plan.precision}, on {plan.device}"),
-        ("test-time augmentation", plan.tta.value + (f", {plan.n_turns} passes" if plan.n_turns > 1 else "")),
+        ("test-time augmentation", plan.tta.value + (f", {turns} passes" if turns > 1 else "")),
         ("multiply-adds", quantity(plan.multiply_adds)),
         ("of these for the halo", f"{1 - 1 / plan.halo_tax:.0%}"),
         ("memory of a worker", f"{n_bytes(plan.peak_bytes)} of {n_bytes(plan.budget_bytes)}"),

@@ -95,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     _add_ingest(verb("ingest", "make the OME-Zarr image of a scan, or a label volume of an image", cluster))
     verb("info", "tell what a scan, an image, labels or a prediction are").add_argument("path", metavar="PATH")
     _add_train(verb("train", "train a U-Net on images and their labels, or on pairs of images"))
+    ensemble = verb("ensemble", "make one model of several networks that were trained alike, the mean of what they say")
+    ensemble.add_argument("models", nargs="+", metavar="MODEL", help="names or files, two or more")
+    ensemble.add_argument("--model", required=True, metavar="NAME|FILE", help="the model: a name, or a file to write")
     _add_import(verb("import", "make a model of a network from elsewhere, with its tile rule measured"))
     export = verb("export", "write a model as a package of bioimage.io, for other programs")
     export.add_argument("model", metavar="MODEL")
@@ -143,9 +146,11 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--held-out", nargs="+", default=[], metavar="IMAGE", help="images to validate on, whole, not to learn from"
     )
-    verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many minutes")
+    verb.add_argument("--minutes", type=_positive_float, metavar="M", help="stop after so many, all members together")
     verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     verb.add_argument("--seed", type=int, default=0, metavar="N")
+    members_help = "so many networks, of seeds that follow each other, as one model: an ensemble (default 1)"
+    verb.add_argument("--members", type=_positive, default=1, metavar="N", help=members_help)
     verb.add_argument(
         "--processes", type=_positive, metavar="N", help="share each batch among so many (default: the GPUs; CPU: 1)"
     )

@@ -60,6 +60,12 @@ def train(args: Namespace) -> Document:
     return document
 
 
+def ensemble(args: Namespace) -> Document:
+    """Make one model of several."""
+    document: Document = resolve_name("pipeline.ensemble:command")(args)
+    return document
+
+
 def import_(args: Namespace) -> Document:
     """Make a model of a network from elsewhere."""
     document: Document = resolve_name("pipeline.importing:command")(args)
@@ -219,7 +225,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
         "blocks": len(what.grid),
         "block_shape": list(what.grid.core_shape), "scheme": "tiles" if columns is None else "columns",
         **_scheme(what), "halo_shape": list(what.rule.halo), "stride_shape": list(what.rule.stride),
-        "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
+        "networks": what.passes.n_networks, "multiply_adds": what.multiply_adds, "halo_tax": what.halo_tax,
         "read_bytes": what.bytes_read, "written_bytes": what.bytes_written,
         "peak_bytes": what.peak_bytes, "budget_bytes": what.budget_bytes, "workers": what.n_workers,
         "device": what.device, "engine": what.engine.value, "precision": what.precision.value, "tta": what.tta.value,

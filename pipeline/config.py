@@ -53,6 +53,28 @@ class Tta(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """What is averaged at each voxel: each network of a model sees the scan in each of its turns.
+
+    Attributes
+    ----------
+    n_networks : more than one of an ensemble
+    n_turns : of test-time augmentation
+    """
+
+    n_networks: int = 1
+    n_turns: int = 1
+
+    @property
+    def n(self) -> int:
+        """How many there are: each is a stream of its own beside the others, or one pass over a tile after another."""
+        return self.n_networks * self.n_turns
+
+
+ONE_PASS = Passes()
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """How a run is to compute; nothing of it but precision and test-time augmentation changes the labels.
 

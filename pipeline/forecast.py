@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.plan import Plan, streaming_of
 from pipeline.unet.calibrate import rows_per_s
-from pipeline.unet.model import build_unet
+from pipeline.unet.model import unets_of
 from pipeline.unet.turns import engines_of
 
 
@@ -14,7 +14,7 @@ def forecast_s(plan: Plan, *, seconds: float = 3.0) -> float | None:
         return None
     columns, slices = plan.columns, len(plan.grid.shape) - plan.model.settings.dims
     engines = engines_of(
-        build_unet(plan.model, "cpu"), plan.tta, device=plan.device, precision=plan.precision,
+        unets_of(plan.model, "cpu"), plan.tta, device=plan.device, precision=plan.precision,
         first=columns.axis - slices,
     )  # fmt: skip
     cross = tuple(n for at, n in enumerate(columns.part_shape) if at >= slices and at != columns.axis)

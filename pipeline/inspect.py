@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.unet.families import chain_of, name_of, why_not_streamed
+from pipeline.ensemble import kind_of, members_told
+from pipeline.unet.families import chain_of, why_not_streamed
 from pipeline.unet.foreign.adopt import measured_again
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
-from pipeline.unet.model import Model, build, load_model
+from pipeline.unet.model import Model, load_model, networks_of
+from pipeline.unet.network import UNet
 from pipeline.unet.receptive import measured_rule
 from pipeline.unet.schedule import lags
 
@@ -20,14 +22,15 @@ def inspect(path: str) -> dict[str, Any]:
     ModelError : the file is no model of ours, or damaged.
     """
     model = load_model(path)
-    network = build(model, device="cpu")
+    networks = networks_of(model, device="cpu")
+    network, *_ = networks
     why, windows = why_not_streamed(model.settings), model.target_windows
     rule = measured_again(network) if isinstance(network, ForeignNetwork) else measured_rule(model.unet)
     tiles = [rule.tile_shape(tuple(s * k for s in rule.stride)) for k in _cores(model)]
     return {
-        "model": str(path), "sha256": model.digest, "kind": name_of(model.settings),
+        "model": str(path), "sha256": model.digest, "kind": kind_of(model), "networks": len(networks),
         "network": model.settings.to_json(), "classes": list(model.classes),
-        "class_values": list(model.class_values), "parameters": _n_parameters(model),
+        "class_values": list(model.class_values), "parameters": sum(map(_n_parameters, networks)),
         "normalisation": model.normalisation.value, "limits": [list(pair) for pair in model.limits],
         "makes": "labels" if model.classes else "a prediction",
         **({"target_channels": [{"mean": mean, "std": 1 / scale} for mean, scale in windows]} if windows else {}),
@@ -36,6 +39,7 @@ def inspect(path: str) -> dict[str, Any]:
         "rule_as_recorded": rule == model.rule, "tile_examples": [list(t) for t in tiles], "training": model.training,
         "streams": not why, "runs_by_tiles_because": why or None,
         "lag_rows": None if why else -lags(chain_of(model.unet), 0)[-1],
+        **({"members": members_told(model)} if len(networks) > 1 else {}),
     }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def _cores(model: Model) -> tuple[int, ...]:
     return (1,) if isinstance(model.settings, ForeignSettings) and model.settings.tile else (1, 4, 16)
 
 
-def _n_parameters(model: Model) -> int:
-    if isinstance(model.settings, ForeignSettings):
-        return model.settings.n_parameters
-    return sum(p.numel() for p in build(model, device="cpu").parameters())
+def _n_parameters(network: UNet | ForeignNetwork) -> int:
+    if isinstance(network, ForeignNetwork):
+        return network.settings.n_parameters
+    return sum(p.numel() for p in network.parameters())

@@ -24,6 +24,12 @@ class Learning:
         self._loss, self._speed = 0.0, 0.0
         self._best: Validation | None = None
 
+    def begins(self, network: str) -> None:
+        """Write which network is to learn, the one before being done, and begin anew."""
+        self._first, self._best = 0, None
+        self._progress.reset(self._bar, loss="", best="", speed="", left="")
+        self._progress.console.print(network, markup=False, highlight=False, soft_wrap=True)
+
     def took(self, step: Step) -> None:
         """Move the bar."""
         if not self._first:

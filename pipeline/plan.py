@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from pipeline.config import EngineName, Precision, Scheme, Tta
+from pipeline.config import EngineName, Passes, Precision, Scheme, Tta
 from pipeline.errors import ArgumentError, BudgetError, ModelError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.tiles import TileRule
@@ -23,7 +23,7 @@ from pipeline.unet.columns import Columns, Streaming
 from pipeline.unet.cost import bare_multiply_adds, tile_multiply_adds, weight_bytes
 from pipeline.unet.families import chain_of, why_not_streamed
 from pipeline.unet.foreign.network import ForeignSettings, scheme_for
-from pipeline.unet.memory import choose_tile, peak_bytes
+from pipeline.unet.memory import choose_tile, other_networks_bytes, peak_bytes
 from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import Head, UNetSettings
 from pipeline.unet.turns import check_turns
@@ -51,7 +51,7 @@ class Plan:
     n_units : columns, or tiles
     peak_bytes : activations, weights and buffers of one worker, without the interpreter and its libraries
     multiply_adds : multiplications of the whole run
-    halo_tax : those, in units of one pass over the scan, or as many as it is turned, without any halo
+    halo_tax : those, in units of one pass over the scan, or as many as are averaged, without any halo
     bytes_read : uncompressed, halos counted each time they are read
     n_workers : among which it is shared out
     """
@@ -85,9 +85,9 @@ class Plan:
         return self.result
 
     @property
-    def n_turns(self) -> int:
-        """In how many ways the network sees the scan."""
-        return self.tta.n_turns(self.model.settings.dims)
+    def passes(self) -> Passes:
+        """What is averaged: networks, and the ways in which they see the scan."""
+        return self.model.passes(self.tta)
 
     def done(self) -> set[int]:
         """Return the blocks whose every output exists, as the stores say now."""
@@ -142,7 +142,7 @@ def plan_segment(
     why = why_not_streamed(network.settings)
     if why and scheme.streamed:
         raise ArgumentError(f"a streamed network must be one of ours, got {why}; leave --slab and --column out")
-    bare = bare_multiply_adds(network.settings, of.spatial_shape, tta=scheme.tta)
+    bare = bare_multiply_adds(network.settings, of.spatial_shape, passes=network.passes(scheme.tta))
     scheme = replace(scheme, n_workers=scheme.shared(bare))
     how = _tiled if scheme.tiled or why else _streamed
     columns, tile_shape, n_units, peak, multiply_adds, read = how(of, network, grid, scheme, output_bytes)
@@ -179,7 +179,7 @@ def streaming_of(
     """Return what columns are chosen for."""
     return Streaming(
         model.unet, grid, image.layout.chunk, image.n_channels * image.array.dtype.itemsize, output_bytes,
-        precision.itemsize, device, tta.n_turns(model.unet.dims),
+        precision.itemsize, device, model.passes(tta),
     )  # fmt: skip
 
 
@@ -187,16 +187,18 @@ def _tiled(image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_b
     """Return the tile, how many there are, bytes of a worker, multiplications, and voxels read."""
     slices = len(grid.shape) - model.settings.dims
     rule = _over(model, slices)
-    n_turns = scheme.tta.n_turns(model.settings.dims)
+    passes = model.passes(scheme.tta)
     buffers = _buffer_bytes(grid, image, output_bytes)
-    if n_turns > 1 and scheme.taken is not EngineName.REFERENCE:
-        buffers += weight_bytes(chain_of(model.unet), itemsize=scheme.precision.itemsize, n_turns=n_turns)
+    if scheme.taken is EngineName.REFERENCE:
+        buffers += other_networks_bytes(model)
+    elif passes.n > 1:
+        buffers += weight_bytes(chain_of(model.unet), itemsize=scheme.precision.itemsize, passes=passes)
     tile = _tile(
-        model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers, n_turns=n_turns
+        model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers, tta=scheme.tta
     )
-    activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]), n_turns=n_turns)
+    activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]), passes=passes)
     n_tiles, multiply_adds, read = _counts(grid, rule, rule.core_shape(tile), model.settings)
-    return None, tile, n_tiles, buffers + activations, n_turns * multiply_adds, read
+    return None, tile, n_tiles, buffers + activations, passes.n * multiply_adds, read
 
 
 def _output_bytes(model: Model, *, probabilities: bool) -> int:
@@ -229,16 +231,14 @@ def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> No
 
 
 def _tile(
-    model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int, n_turns: int
+    model: Model, grid: BlockGrid, *, slices: int, tile: tuple[int, ...] | None, budget_bytes: int, tta: Tta
 ) -> tuple[int, ...]:
     """Return the tile along the image's spatial axes; of a volume a 2-D network takes as many slices as fit at once."""
     if tile is None:
-        shape = choose_tile(
-            model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:], n_turns=n_turns
-        )
+        shape = choose_tile(model, budget_bytes=budget_bytes, largest_core=grid.core_shape[slices:], tta=tta)
     else:
         shape = _within_block(model, given_tile(model, tile), grid.core_shape[slices:])
-        if (needed := peak_bytes(model.settings, shape, n_turns=n_turns)) > budget_bytes:
+        if (needed := peak_bytes(model.settings, shape, passes=model.passes(tta))) > budget_bytes:
             raise BudgetError(
                 f"the tile must fit the budget, got {needed:,} bytes for tile {shape} where {max(0, budget_bytes):,} "
                 "are left; use a smaller tile or raise --budget"
@@ -247,7 +247,7 @@ def _tile(
         return shape
     n = 1
     while 2 * n <= grid.core_shape[0] and (
-        peak_bytes(model.settings, shape, n_slices=2 * n, n_turns=n_turns) <= budget_bytes
+        peak_bytes(model.settings, shape, n_slices=2 * n, passes=model.passes(tta)) <= budget_bytes
     ):
         n *= 2
     return (n, *shape)

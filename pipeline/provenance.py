@@ -58,10 +58,11 @@ def differing(was: dict[str, Any], now: dict[str, Any]) -> str:
 
 def provenance(image: Image, model: Model, path: str, scheme: Scheme) -> dict[str, Any]:
     """Return who made a volume from what; nothing that differs between two runs of the same command."""
+    several = {"networks": model.n_networks} if model.n_networks > 1 else {}  # as it was before there were ensembles
     return {
         "made_by": "haloseg segment", "scan": image.scan,
         "model": Location(str(path)).name, "model_path": path, "model_sha256": model.digest,
-        "network": model.settings.to_json(), "normalisation": model.normalisation.value,
+        "network": model.settings.to_json(), **several, "normalisation": model.normalisation.value,
         "limits": model.limits,
         "engine": scheme.taken.value, "precision": scheme.precision.value, "tta": scheme.tta.value,
         "tile_rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},

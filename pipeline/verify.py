@@ -13,7 +13,7 @@ from pipeline.plan import Plan, plan_segment
 from pipeline.store.location import Location
 from pipeline.store.results import open_result
 from pipeline.unet.cost import tile_multiply_adds
-from pipeline.unet.memory import choose_tile
+from pipeline.unet.memory import choose_tile, other_networks_bytes
 from pipeline.works.certify import TOLERANCE, Certified, CertifiedValues, CertifyBoxes, sample_boxes
 
 log = logging.getLogger("haloseg")
@@ -89,7 +89,8 @@ def certify(
     largest, n_affordable = _affordable(plan)
     try:
         window = tuple(n + 2 * s for n, s in zip(largest, plan.model.rule.stride, strict=True))
-        tile = choose_tile(plan.model, budget_bytes=plan.budget_bytes, largest_core=window, n_turns=plan.n_turns)
+        left = plan.budget_bytes - other_networks_bytes(plan.model)
+        tile = choose_tile(plan.model, budget_bytes=left, largest_core=window, tta=plan.tta)
     except BudgetError as error:
         log.warning("no certificate: for the reference %s", error)
         return None
@@ -162,4 +163,4 @@ def _multiply_adds(plan: Plan, box: tuple[int, ...]) -> int:
     """Return the multiplications of the reference for a box, along the network's axes."""
     rule = plan.model.rule
     window = rule.tile_shape(tuple(n + 2 * s for n, s in zip(box, rule.stride, strict=True)))
-    return plan.n_turns * tile_multiply_adds(plan.model.settings, window)
+    return plan.passes.n * tile_multiply_adds(plan.model.settings, window)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
 
+from pipeline.config import ONE_PASS, Passes
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.unet.cost import stream_bytes, weight_bytes
@@ -81,7 +82,7 @@ class Streaming:
     voxel_bytes : of the image, all channels
     output_bytes : of the results, per voxel
     itemsize : bytes of an activation
-    n_turns : of test-time augmentation, each a stream of its own beside the others
+    passes : whose probabilities are averaged, each a stream of its own beside the others
     """
 
     settings: UNetSettings
@@ -91,7 +92,7 @@ class Streaming:
     output_bytes: int
     itemsize: int
     device: str
-    n_turns: int = 1
+    passes: Passes = ONE_PASS
 
     @property
     def n_slice_axes(self) -> int:
@@ -228,7 +229,7 @@ class Streaming:
     def _calls(self, columns: Columns, shape: tuple[int, ...]) -> int:
         """Return how often the layers of one column of this shape are called."""
         of = zip(shape, columns.part_shape, strict=True)
-        return self.n_turns * len(chain_of(self.settings)) * prod(
+        return self.passes.n * len(chain_of(self.settings)) * prod(
             ceil(size / (columns.slab if at == columns.axis else part)) for at, (size, part) in enumerate(of)
         )
 
@@ -246,7 +247,7 @@ class Streaming:
                 lengths.append([sum(each) for each in zip(*(cross_made(chain, n, along) for n in cuts), strict=True)])
         made = zip(chain, zip(*lengths, strict=True), strict=True)
         once: int = sum(multiply_adds(layer, self.settings) * prod(extent) for layer, extent in made)
-        return self.n_turns * once
+        return self.passes.n * once
 
     def peak_bytes(self, columns: Columns) -> int:
         """Return the bytes of one worker: line buffers, waiting skips, the layer at work, voxels and results."""
@@ -256,8 +257,8 @@ class Streaming:
         chain = chain_of(self.settings)
         cross = tuple((0, part[slices + at]) for at in order[1:])
         schedule = schedule_of(chain, cross, in_channels=self.settings.in_channels, order=order, slab=columns.slab)
-        network = stream_bytes(schedule, itemsize=self.itemsize, n_streams=self.n_turns)
-        weights = weight_bytes(chain, itemsize=self.itemsize, n_turns=self.n_turns)
+        network = stream_bytes(schedule, itemsize=self.itemsize, n_streams=self.passes.n)
+        weights = weight_bytes(chain, itemsize=self.itemsize, passes=self.passes)
         return network + weights + self._buffer_bytes(columns, chain)
 
     def _buffer_bytes(self, columns: Columns, chain: Chain) -> int:

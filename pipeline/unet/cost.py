@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from pipeline.config import Tta
+from pipeline.config import ONE_PASS, Passes
 from pipeline.unet.families import chain_of
 from pipeline.unet.foreign.appraisal import foreign_bare_multiply_adds, foreign_multiply_adds
 from pipeline.unet.foreign.network import ForeignSettings
@@ -18,19 +18,18 @@ _FLOAT = 4
 
 
 def bare_multiply_adds(
-    settings: UNetSettings | ForeignSettings, shape: tuple[int, ...], *, tta: Tta = Tta.NONE
+    settings: UNetSettings | ForeignSettings, shape: tuple[int, ...], *, passes: Passes = ONE_PASS
 ) -> int:
-    """Return the multiplications of a pass over a scan of this shape without any halo, for each of its turns.
+    """Return the multiplications of passes over a scan of this shape without any halo.
 
     These are the least there can be.
 
     ``shape`` may have one axis more in front than the network: slices, one pass each.
     """
-    n_turns = tta.n_turns(settings.dims)
     if isinstance(settings, ForeignSettings):
-        return n_turns * foreign_bare_multiply_adds(settings, shape)
+        return passes.n * foreign_bare_multiply_adds(settings, shape)
     slices, inner = prod(shape[: len(shape) - settings.dims]), shape[len(shape) - settings.dims :]
-    return n_turns * slices * sum(
+    return passes.n * slices * sum(
         multiply_adds(layer, settings) * prod(-(-n // scale) for n, scale in zip(inner, layer.scale, strict=True))
         for layer in chain_of(settings)
     )
@@ -45,10 +44,10 @@ def tile_multiply_adds(settings: UNetSettings | ForeignSettings, tile_shape: tup
     return sum(multiply_adds(layer, settings) * prod(shape) for layer, shape in made)
 
 
-def weight_bytes(chain: Chain, *, itemsize: int, n_turns: int = 1) -> int:
-    """Return the bytes of the weights, in float32 from the file and twice as the kernels want them, of every turn."""
-    turned = 4 if n_turns > 1 else 0
-    return sum(map(n_weights, chain)) * (4 + turned + 2 * itemsize * n_turns)
+def weight_bytes(chain: Chain, *, itemsize: int, passes: Passes = ONE_PASS) -> int:
+    """Return the bytes of the weights, in float32 from the file and twice as the kernels want them, of every pass."""
+    turned = _FLOAT if passes.n_turns > 1 else 0  # of one network at a time
+    return sum(map(n_weights, chain)) * (_FLOAT * passes.n_networks + turned + 2 * itemsize * passes.n)
 
 
 def stream_bytes(schedule: Schedule, *, itemsize: int, n_streams: int = 1) -> int:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
+from pipeline.config import ONE_PASS, Passes, Tta
 from pipeline.errors import BudgetError
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.cost import weight_bytes
@@ -32,7 +33,8 @@ _FLOAT = 4
 
 
 def peak_bytes(
-    settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1, n_turns: int = 1
+    settings: UNetSettings | ForeignSettings, tile_shape: tuple[int, ...], *, n_slices: int = 1,
+    passes: Passes = ONE_PASS,
 ) -> int:
     """Return the bytes that one forward pass needs: weights, activations, classes, and the convolutions' workspace.
 
@@ -40,15 +42,15 @@ def peak_bytes(
     ----------
     tile_shape : voxels that enter the network along each of its axes, halo included
     n_slices : tiles that enter at once
-    n_turns : of test-time augmentation: passes one after another, whose probabilities are added up
+    passes : one after another, whose probabilities are added up; the weights are those of one network
 
     Raises
     ------
     ArgumentError : the network does not accept such a tile.
     """
-    if n_turns > 1:
-        turned = 2 * _FLOAT * n_slices * prod(tile_shape) * (settings.in_channels + settings.n_classes)
-        return turned + peak_bytes(settings, tile_shape, n_slices=n_slices)
+    if passes.n > 1:
+        averaged = 2 * _FLOAT * n_slices * prod(tile_shape) * (settings.in_channels + settings.n_classes)
+        return averaged + peak_bytes(settings, tile_shape, n_slices=n_slices)
     if isinstance(settings, ForeignSettings):
         return foreign_peak_bytes(settings, tile_shape, n_slices=n_slices)
     for axis, size in enumerate(tile_shape):
@@ -58,8 +60,14 @@ def peak_bytes(
     return weights + int(held * _FLOAT * n_slices * _heap_floats(settings, tile_shape))
 
 
+def other_networks_bytes(model: Model) -> int:
+    """Return the bytes of the weights of all networks of an ensemble but one, which a pass counts itself."""
+    others = model.n_networks - 1
+    return others * weight_bytes(chain_of(model.unet), itemsize=_FLOAT) if others else 0
+
+
 def choose_tile(
-    model: Model, *, budget_bytes: int, largest_core: tuple[int, ...], n_turns: int = 1
+    model: Model, *, budget_bytes: int, largest_core: tuple[int, ...], tta: Tta = Tta.NONE
 ) -> tuple[int, ...]:
     """Return the tile shape, halo included, that enters the fewest voxels per block and fits the budget.
 
@@ -71,15 +79,15 @@ def choose_tile(
     ------
     BudgetError : not even the smallest tile fits.
     """
-    rule = model.rule
+    rule, passes = model.rule, model.passes(tta)
     if isinstance(model.settings, ForeignSettings) and model.settings.tile:
         largest_core = rule.stride  # its only tile
     for core in _by_halo_overhead(rule, largest_core):
         tile = rule.tile_shape(core)
-        if peak_bytes(model.settings, tile, n_turns=n_turns) <= budget_bytes:
+        if peak_bytes(model.settings, tile, passes=passes) <= budget_bytes:
             return tile
     least = rule.tile_shape(rule.stride)
-    needed = peak_bytes(model.settings, least, n_turns=n_turns)
+    needed = peak_bytes(model.settings, least, passes=passes)
     raise BudgetError(
         f"the smallest tile {least} needs {needed:,} bytes, got a budget of {max(0, budget_bytes):,}; raise --budget"
     )

@@ -15,21 +15,24 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pipeline.config import Passes, Tta
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.geometry.tiles import TileRule
 from pipeline.store.location import Location
 from pipeline.store.scaling import Limits, Measured, Scaling, Window, Windows
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.network import ForeignNetwork, ForeignSettings
+from pipeline.unet.members import apart
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 
-FORMAT = 3
-_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS = 1, 2  # what an older haloseg can read, too
+FORMAT = 4
+_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS, _FORMAT_OF_SLICES = 1, 2, 3  # what an older haloseg can read, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
 _OPTIONAL_FIELDS = ("limits", "target_windows", "input_windows")  # where there are any, pairs of numbers
+_NUMBER = "n_networks"  # where there are several
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,13 +48,14 @@ class Model:
     voxel_size_um : of the images that it learned from, along their spatial axes; None where they told none
     rule : along the network's spatial axes
     training : record of the training, a JSON object
-    weights : tensors by name, as in ``UNet.state_dict``
+    weights : tensors by name, as in ``UNet.state_dict``; those of an ensemble as ``members.together`` has them
     digest : SHA-256 of the file; empty before it is saved
     limits : of the normalisation, where it has some; see ``Scaling``
     target_windows : (offset, scale) of each channel of a linear head, whose values times ``1 / scale`` plus offset are
         intensities of the target; empty for other heads
     input_windows : (offset, scale) of each of the image's channels, the same for every image, so that intensities that
         mean the same stay the same; empty: those of each image follow from its own statistics
+    n_networks : more than one of an ensemble, whose probabilities, or values, are the mean of theirs
     """
 
     settings: UNetSettings | ForeignSettings
@@ -67,6 +71,7 @@ class Model:
     limits: Limits = ()
     target_windows: tuple[tuple[float, float], ...] = ()
     input_windows: tuple[tuple[float, float], ...] = ()
+    n_networks: int = 1
 
     @property
     def scaling(self) -> Scaling:
@@ -91,7 +96,10 @@ class Model:
             raise ArgumentError(
                 f"the tile rule must follow from the network, {expected}, got {self.rule}; save the model anew"
             )
-        _check_weights(self.settings, self.weights)
+        if self.n_networks != 1 and isinstance(self.settings, ForeignSettings):
+            raise ArgumentError(f"an ensemble must be of networks of ours, got {self.settings.source}; run it alone")
+        for each in apart(self.weights, self.n_networks):
+            _check_weights(self.settings, each)
         self.scaling.check_dims(self.settings.dims)
 
     @property
@@ -100,6 +108,18 @@ class Model:
         if isinstance(self.settings, ForeignSettings):
             raise ModelError("a network from elsewhere runs by tiles, got one to be streamed; leave --slab out")
         return self.settings
+
+    @property
+    def members(self) -> tuple[Model, ...]:
+        """The networks of an ensemble, each as a model of its own; the model itself where it is none."""
+        if self.n_networks == 1:
+            return (self,)
+        parts = apart(self.weights, self.n_networks)
+        return tuple(replace(self, weights=each, n_networks=1, digest="") for each in parts)
+
+    def passes(self, tta: Tta) -> Passes:
+        """Return what is averaged with this test-time augmentation."""
+        return Passes(self.n_networks, tta.n_turns(self.settings.dims))
 
     def windows(self, image: Measured) -> Windows:
         """Return what the network sees of each channel of an image."""
@@ -120,10 +140,14 @@ class Model:
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> Model:
     """Write the model at a path or URL, at once or not at all; returns it with the digest of its file."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
-    content = save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
+    content = _content(model)
     Location(os.fspath(path)).write_bytes(content)
     return replace(model, digest=hashlib.sha256(content).hexdigest())
+
+
+def as_saved(model: Model) -> Model:
+    """Return the model with the digest that its file would have."""
+    return replace(model, digest=hashlib.sha256(_content(model)).hexdigest())
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
@@ -150,8 +174,18 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         ) from error
 
 
+def networks_of(model: Model, device: str) -> tuple[UNet | ForeignNetwork, ...]:
+    """Return the model's networks, one but of an ensemble; see ``build``."""
+    return tuple(build(each, device) for each in model.members)
+
+
+def unets_of(model: Model, device: str) -> tuple[UNet, ...]:
+    """Return the model's networks, which are ours, one but of an ensemble; see ``build``."""
+    return tuple(build_unet(each, device) for each in model.members)
+
+
 def build(model: Model, device: str) -> UNet | ForeignNetwork:
-    """Return the model's network on a device, in eval mode and without gradients."""
+    """Return the network of a model, which is no ensemble, on a device, in eval mode and without gradients."""
     if not isinstance(model.settings, ForeignSettings):
         return build_unet(model, device)
     network = ForeignNetwork(model.settings, model.weights)
@@ -160,12 +194,18 @@ def build(model: Model, device: str) -> UNet | ForeignNetwork:
 
 
 def build_unet(model: Model, device: str) -> UNet:
-    """Return the model's network, which is one of ours, on a device, in eval mode and without gradients."""
+    """Return the network of a model, which is ours and no ensemble, on a device, in eval mode and without gradients."""
     with torch.device("meta"):
         network = UNet(model.unet)
     network.load_state_dict(model.weights, assign=True)
     network.to(memory_format=channels_last(model.unet.dims))  # type: ignore[call-overload]
     return network.to(device).eval().requires_grad_(False)
+
+
+def _content(model: Model) -> bytes:
+    """Return the bytes of a model's file."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.weights.items()}
+    return save_tensors(tensors, {"haloseg": json.dumps(_to_json(model), sort_keys=True, allow_nan=False)})
 
 
 def _document(content: bytes) -> dict[str, Any]:
@@ -182,14 +222,15 @@ def _document(content: bytes) -> dict[str, Any]:
         raise ModelError("its haloseg entry has no format number")
     if document["format"] > FORMAT:
         raise ModelError(f"its format {document['format']} is newer than {FORMAT}, the newest known: update haloseg")
-    if set(document) - set(_OPTIONAL_FIELDS) != _FIELDS:
+    if set(document) - {*_OPTIONAL_FIELDS, _NUMBER} != _FIELDS:
         raise ModelError(f"its haloseg entry must have {sorted(_FIELDS)}, has {sorted(document)}")
     return document
 
 
 def _to_json(model: Model) -> dict[str, Any]:
     optional = {name: getattr(model, name) for name in _OPTIONAL_FIELDS if getattr(model, name)}
-    return optional | {
+    several = {_NUMBER: model.n_networks} if model.n_networks > 1 else {}
+    return optional | several | {
         "format": _format_of(model),
         "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
@@ -200,17 +241,24 @@ def _to_json(model: Model) -> dict[str, Any]:
 
 def _format_of(model: Model) -> int:
     """Return the oldest format that has words for a model, so that an older haloseg refuses it as too new at most."""
-    if model.scaling.is_slicewise:
+    if model.n_networks > 1:
         return FORMAT
+    if model.scaling.is_slicewise:
+        return _FORMAT_OF_SLICES
     other = model.target_windows or isinstance(model.settings, ForeignSettings)
     return _FORMAT_OF_OTHERS if other else _FORMAT_OF_UNETS
 
 
 def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: str) -> Model:
-    rule, size = document["rule"], document["voxel_size_um"]
+    rule, size, n = document["rule"], document["voxel_size_um"], document.get(_NUMBER, 1)
+    if type(n) is not int:
+        raise ModelError(f"its number of networks is {n!r}, no whole number")
     if not isinstance(document["training"], dict):
         raise ModelError("its training record is no JSON object")
     tile_rule = TileRule(*(tuple(map(int, rule[name])) for name in ("stride", "halo", "trim")))
+    limits, target_windows, input_windows = (
+        tuple((float(a), float(b)) for a, b in document.get(name, ())) for name in _OPTIONAL_FIELDS
+    )
     network = document["network"]
     foreign = isinstance(network, dict) and network.get("kind") == "program"
     settings = ForeignSettings.from_json(network, tile_rule, weights) if foreign else UNetSettings.from_json(network)
@@ -218,8 +266,7 @@ def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: 
         settings, tuple(map(str, document["classes"])),
         tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
         tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
-        tile_rule, document["training"], weights, digest,
-        *(tuple((float(a), float(b)) for a, b in document.get(name, ())) for name in _OPTIONAL_FIELDS),
+        tile_rule, document["training"], weights, digest, limits, target_windows, input_windows, n,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A network that sees a turned scan, and whose answer is turned back, is a network itself: that with every kernel turned
 back. So the scan stays as it is, and tile rule, streaming and certificate are those of one network; several run side by
-side on the same voxels, and their probabilities are averaged.
+side on the same voxels, and their probabilities are averaged. So do the networks of an ensemble, each in every turn.
 
 nnU-Net flips along every axis (doi:10.1038/s41592-020-01008-z); with quarter turns these are all symmetries of the
 plane's grid.
@@ -85,11 +85,12 @@ def _along(settings: UNetSettings | ForeignSettings, axis: int) -> tuple[int, ..
 
 
 def engines_of(
-    network: UNet, tta: Tta, *, device: str, precision: Precision = Precision.FLOAT32, first: int = 0
+    networks: Sequence[UNet], tta: Tta, *, device: str, precision: Precision = Precision.FLOAT32, first: int = 0
 ) -> tuple[Engine, ...]:
-    """Return an engine for each turn of a network; see ``make_engine``."""
+    """Return an engine for each turn of each network; see ``make_engine``."""
     return tuple(
         make_engine(turned(network, turn), device=device, precision=precision, first=first)
+        for network in networks
         for turn in turns_of(tta, network.settings.dims)
     )
 
@@ -129,11 +130,12 @@ class Mean:
         return logits
 
 
-def mean_of(network: UNet | ForeignNetwork, tta: Tta) -> Mean:
-    """Return the mean of a network as it is written over turned tiles: nothing of it is turned but what it sees."""
-    dims = network.settings.dims
+def mean_of(networks: Sequence[UNet | ForeignNetwork], tta: Tta) -> Mean:
+    """Return the mean of networks as they are written over turned tiles: nothing is turned but what they see."""
+    settings = networks[0].settings
+    dims = settings.dims
 
-    def seen(turn: Turn) -> Callable[[Tensor], Tensor]:
+    def seen(network: UNet | ForeignNetwork, turn: Turn) -> Callable[[Tensor], Tensor]:
         return lambda x: turn.back(network(turn.of(x).contiguous(memory_format=channels_last(dims))))
 
-    return Mean([seen(turn) for turn in turns_of(tta, dims)], network.settings)
+    return Mean([seen(network, turn) for network in networks for turn in turns_of(tta, dims)], settings)

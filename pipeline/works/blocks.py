@@ -26,7 +26,7 @@ from pipeline.store.reading import open_voxels
 from pipeline.store.scaling import Windows
 from pipeline.unet.device import pick_device
 from pipeline.unet.engines import keep_freed_memory
-from pipeline.unet.model import Model, build, build_unet, load_model
+from pipeline.unet.model import Model, load_model, networks_of, unets_of
 from pipeline.unet.predict import Predictor
 from pipeline.unet.turns import Mean, engines_of, mean_of
 
@@ -127,9 +127,9 @@ class SegmentBlocks:
     def _network(self, model: Model) -> Mean:
         out = self.outputs
         if out.engine is EngineName.REFERENCE:
-            return mean_of(build(model, out.device), out.tta)
-        network = build_unet(model, out.device)
-        return Mean(engines_of(network, out.tta, device=out.device, precision=out.precision), model.settings)
+            return mean_of(networks_of(model, out.device), out.tta)
+        engines = engines_of(unets_of(model, out.device), out.tta, device=out.device, precision=out.precision)
+        return Mean(engines, model.settings)
 
     def run(self, state: Opened, index: int) -> BlockRecord:
         """Segment one block: read its tile, run the network, write its shard."""

@@ -17,7 +17,7 @@ from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.column import ColumnPredictor, DeviceFullError
-from pipeline.unet.model import build
+from pipeline.unet.model import networks_of
 from pipeline.unet.numbers import Pairs
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Head
@@ -96,7 +96,7 @@ class CertifyBoxes:
         """Open what the run has opened, and the reference."""
         opened, out = self.segmenting.setup(), self.segmenting.outputs
         reference = Predictor(
-            mean_of(build(opened.model, out.device), out.tta), opened.model.rule, windows=opened.windows,
+            mean_of(networks_of(opened.model, out.device), out.tta), opened.model.rule, windows=opened.windows,
             tile_shape=self.tile_shape, device=out.device, on_tile=beat,
             target_windows=opened.model.target_windows,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from pipeline.unet.column import ColumnPredictor, DeviceFullError, Rows
 from pipeline.unet.columns import SLABS_AHEAD, Columns
 from pipeline.unet.device import peak_device_bytes
 from pipeline.unet.engine import Engine
-from pipeline.unet.model import build_unet
+from pipeline.unet.model import unets_of
 from pipeline.unet.turns import engines_of
 from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
 
@@ -141,8 +141,8 @@ def _engines(
     path: str, sha256: str, device: str, precision: Precision, tta: Tta, first: int
 ) -> tuple[Engine, ...]:
     """Return the engines of a model, which a worker makes once, however many scans it is used for."""
-    network = build_unet(loaded(path, sha256), "cpu")
-    return engines_of(network, tta, device=device, precision=precision, first=first)
+    networks = unets_of(loaded(path, sha256), "cpu")
+    return engines_of(networks, tta, device=device, precision=precision, first=first)
 
 
 @dataclass(slots=True)

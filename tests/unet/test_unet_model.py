@@ -108,7 +108,7 @@ def test_files_of_others_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 4}, "format 4 is newer than 3"),
+        ({"format": 5}, "format 5 is newer than 4"),
         ({"format": "1"}, "no format number"),
         ({"extra": 1}, "entry must have"),
         ({"network": {**SETTINGS.to_json(), "width": 3}}, "tensor .* must be torch.float32 of shape"),

@@ -83,11 +83,11 @@ def test_columns_and_tiles_give_the_mean_over_turned_scans(network, shape, tta):
     net, rule, scan = trained(network, seed=5), closed_form_rule(network), scan_of(shape)
     expected = averaged(net, scan, tta, rule)
     core = Box.whole(shape)
-    classes, likely = rows_of(net, scan, core, engines=engines_of(net, tta, device="cpu"))
+    classes, likely = rows_of(net, scan, core, engines=engines_of([net], tta, device="cpu"))
     assert np.abs(likely - expected).max() <= 1e-5
     raw = read_mirrored(scan, core.round_up(rule.stride).grow(rule.halo))
     tile = rule.tile_shape(shape[-1:] * network.dims)
-    for by in (mean_of(net, tta), Mean(engines_of(net, tta, device="cpu"), network)):
+    for by in (mean_of([net], tta), Mean(engines_of([net], tta, device="cpu"), network)):
         tiles = Predictor(by, rule, windows=WINDOWS[:1], tile_shape=tile, device="cpu")
         same, probabilities = tiles.segment_with_probabilities(raw, core)
         assert np.abs(probabilities - expected).max() <= 1e-5
@@ -101,7 +101,7 @@ def test_columns_and_tiles_give_the_mean_over_turned_scans(network, shape, tta):
 
 def test_columns_taken_up_in_their_middle_and_other_slabs_make_the_same_bits():
     net, scan = trained(FLAT, seed=6), scan_of((120, 33))
-    engines = engines_of(net, Tta.FLIPS, device="cpu")
+    engines = engines_of([net], Tta.FLIPS, device="cpu")
     classes, likely = rows_of(net, scan, Box.whole((120, 33)), engines=engines)
     later = rows_of(net, scan, Box((40, 0), (120, 33)), engines=engines)
     assert np.array_equal(later[0], classes[40:])
@@ -125,7 +125,7 @@ def test_a_certain_voxel_stays_certain():
 
 
 def test_low_precision_is_averaged_in_float32():
-    engines = engines_of(trained(FLAT, seed=7), Tta.FLIPS, device="cpu", precision=Precision.BF16)
+    engines = engines_of([trained(FLAT, seed=7)], Tta.FLIPS, device="cpu", precision=Precision.BF16)
     _, likely = rows_of(None, scan_of((64, 33)), Box.whole((64, 33)), engines=engines)
     assert len(np.unique(likely)) > 500  # bfloat16 has 256 numbers from one half to one
 

@@ -68,7 +68,7 @@ def test_validation_is_what_whole_scan_inference_shows_in_the_region(settings, s
 @pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=["same", "valid", "slices", "3-D"])
 def test_a_sample_is_a_part_of_what_is_held_out_and_what_the_whole_scan_gives_there(settings, shape, region):
     net, source = trained(settings, seed=1), labelled(shape, region, seed=3)
-    shown = sample(net, patches_of((source,), n_axes=settings.dims, n_values=3), device="cpu")
+    shown = sample([net], patches_of((source,), n_axes=settings.dims, n_values=3), device="cpu")
     classes = whole(net, source.image, closed_form_rule(settings)).argmax(0)
     counted = shown.truth != IGNORED
     slices = range(region.start[0], region.stop[0]) if settings.dims < len(shape) else [slice(None)]

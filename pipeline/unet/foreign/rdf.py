@@ -19,9 +19,10 @@ from pipeline.store.scaling import USUAL_PERCENTILES
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.foreign.bioimageio import Package
 from pipeline.unet.foreign.torchscript import traced
-from pipeline.unet.model import Model, build
+from pipeline.unet.model import Model, build, networks_of
 from pipeline.unet.network import probabilities_of
 from pipeline.unet.settings import Head
+from pipeline.unet.turns import Mean
 
 FORMAT = "0.5.4"
 WEIGHTS, README = "weights.pt", "README.md"
@@ -173,7 +174,7 @@ def _tensors(model: Model, any_size: bool) -> dict[str, NDArray[np.float32]]:
         noise = noise + np.roll(noise, 1, axis) + np.roll(noise, 2, axis)
     raw = np.clip(np.rint(noise / noise.std() * 40 + 128), 0, 255).astype(np.float32)
     with torch.no_grad():
-        logits = build(model, "cpu")(torch.from_numpy(_normalised(raw, model)))
+        logits = Mean(networks_of(model, "cpu"), settings)(torch.from_numpy(_normalised(raw, model)))
         likely = probabilities_of(logits, settings.head).numpy()
     return {"input": raw, "output": np.ascontiguousarray(likely, np.float32)}
 
@@ -210,9 +211,10 @@ def _ours(model: Model) -> dict[str, Any]:
 
 def _readme(model: Model, name: str) -> str:
     rule, settings, whole = model.rule, model.settings, "slice" if model.scaling.is_slicewise else "image"
+    of = f"The mean of {model.n_networks} networks, each a" if model.n_networks > 1 else "A"
     return f"""# {name}
 
-A {settings.dims}-D network with {settings.in_channels} input channels and the classes {", ".join(model.classes)}.
+{of} {settings.dims}-D network with {settings.in_channels} input channels and the classes {", ".join(model.classes)}.
 
 Its weights give probabilities. Intensities are normalised ({model.normalisation.value}) by statistics of the whole
 {whole}, not of each tile. Tiles are exact, and show no seams, with a stride of {rule.stride} voxels, a halo of

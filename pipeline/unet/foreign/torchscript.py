@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
-from pipeline.unet.model import Model, build
+from pipeline.unet.model import Model, networks_of
 from pipeline.unet.network import probabilities_of
 from pipeline.unet.settings import Head
 
@@ -43,6 +43,17 @@ class _Likely(nn.Module):
         return probabilities_of(self.network(x), self.head)
 
 
+class _Mean(nn.Module):
+    """Several networks as one that gives the mean of their probabilities."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([network(x) for network in self.networks]).mean(0)
+
+
 def traced(model: Model) -> tuple[bytes, bool]:
     """Return a TorchScript archive that gives a model's probabilities, and whether it takes every size of its rule.
 
@@ -51,7 +62,11 @@ def traced(model: Model) -> tuple[bytes, bool]:
     ModelError : the trace does not give the network's numbers.
     """
     settings, rule = model.settings, model.rule
-    network = _Likely(build(model, "cpu").to(memory_format=torch.contiguous_format), settings.head).eval()  # type: ignore[call-overload]
+    networks = [
+        _Likely(each.to(memory_format=torch.contiguous_format), settings.head)  # type: ignore[call-overload]
+        for each in networks_of(model, "cpu")
+    ]
+    network = (_Mean(networks) if len(networks) > 1 else networks[0]).eval()
     shapes = [rule.tile_shape(tuple(k * s for s in rule.stride)) for k in (1, 3)]
     examples = [torch.linspace(-2, 2, settings.in_channels * prod(shape)) for shape in shapes]
     small, large = (x.sin().reshape(1, -1, *shape) for x, shape in zip(examples, shapes, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.geometry.tiles import TileRule
 from pipeline.unet.network import UNet, classes_of
+from pipeline.unet.readout import mean
 from pipeline.unet.settings import Head, closed_form_rule
 from pipeline.unet.training.course import Validation
 from pipeline.unet.training.losses import Objective, of_codes
@@ -72,11 +73,18 @@ class Sample:
     found: NDArray[Any]
 
 
-def sample(network: UNet, patches: Patches, *, device: str) -> Sample:
-    """Return the middle one of the cores that the regions of the patches are cut into."""
-    places = _places(network, patches)
+def sample(networks: Sequence[UNet], patches: Patches, *, device: str) -> Sample:
+    """Return the middle one of the cores that the regions of the patches are cut into, and the mean of what they say.
+
+    Parameters
+    ----------
+    networks : in eval mode, of the same settings
+    """
+    network, places = networks[0], _places(networks[0], patches)
     with torch.inference_mode():
-        logits, batch = _passed(network.eval(), patches, *places[len(places) // 2], device=device)
+        every = [_passed(each, patches, *places[len(places) // 2], device=device) for each in networks]
+        logits, batch = mean((each for each, _ in every), network.settings.head), every[0][1]
+    assert logits is not None
     image = batch.images[0, 0].cpu().numpy()
     if batch.target is not None:
         return Sample(image, batch.target[0, 0].cpu().numpy(), logits[0, 0].cpu().numpy())
