@@ -37,9 +37,10 @@ from pipeline.unet.training.batches import draw_batch
 from pipeline.unet.training.learner import Learner
 from pipeline.unet.training.loading import Loading, loaded
 from pipeline.unet.training.losses import Objective
+from pipeline.unet.training.packed import pack
 from pipeline.unet.training.reader import Task
 from pipeline.unet.training.recipe import Recipe
-from pipeline.unet.training.warp import Ragged, batch_of
+from pipeline.unet.training.warp import unpacked
 
 AUGMENTATION = Augmentation(rotation_degrees=30, scale=0.2, gamma=0.3, noise=0.05)
 ELASTIC_SIGMA_VOXELS = {2: 10.0, 3: 3.0}
@@ -64,21 +65,21 @@ def learner_of(lesson, recipe, *, device):
 
 
 def steps_of(device, image, recipe, lesson):
-    """Return what takes a step, from its patches and its number, and what waits for its end."""
+    """Return what takes a step, from its batch and its number."""
     if device != "host":
         learner = learner_of(lesson, recipe, device=device)
-        return lambda patches, step: learner.learn(batch_of(patches, device=device), step=step, rate=1e-3)
+        return lambda packed, step: learner.learn(unpacked(packed, device=device), step=step, rate=1e-3)
     torch.set_num_threads(1)
     changes = replace(recipe.augmentation, elastic_sigma_voxels=1.0)
     recipe = replace(recipe, patch=16, width=2, augmentation=changes, precision=Precision.FLOAT32)
     small = open_lesson([image], labels="truth", recipe=recipe)
     learner = learner_of(small, recipe, device="cpu")
-    stand_in = draw_batch(small.learn, recipe.batch_size(recipe.dims), seed=0, step=1)
+    stand_in = pack(draw_batch(small.learn, recipe.batch_size(recipe.dims), seed=0, step=1))
 
-    def take(patches, step):
-        for arrays in ([each.image for each in patches], [each.classes[None] for each in patches]):
-            Ragged.of(arrays)
-        return learner.learn(batch_of(stand_in, device="cpu"), step=step, rate=1e-3)
+    def take(packed, step):
+        for row in (packed.moved.images, packed.moved.classes):
+            row.flat.copy()  # to where a GPU would take it from
+        return learner.learn(unpacked(stand_in, device="cpu"), step=step, rate=1e-3)
 
     return take
 
@@ -86,10 +87,10 @@ def steps_of(device, image, recipe, lesson):
 def timed(take, drawn):
     """Return ms of a step, and of CPU time of this process, and of the first batch."""
     begin, ends, loss = time.perf_counter(), [], None
-    for step, patches in drawn:
+    for step, packed in drawn:
         if not ends:
             first = 1e3 * (time.perf_counter() - begin)
-        loss = take(patches, step)
+        loss = take(packed, step)
         if not ends:
             loss.item()
             ends.append((time.perf_counter(), time.process_time()))

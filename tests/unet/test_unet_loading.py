@@ -28,7 +28,7 @@ from pipeline.unet.training.overlapping import Overlapping
 from pipeline.unet.training.patches import Source
 from pipeline.unet.training.reader import Task
 from pipeline.unet.training.targets import Target
-from pipeline.unet.training.warp import batch_of
+from pipeline.unet.training.warp import batch_of, unpacked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WARPED = Augmentation(
@@ -87,8 +87,8 @@ def read(task, loading):
     """Return all that is read, copied from where it lies, and the batches that it makes."""
     with loaded(task, loading=loading) as steps:
         return [
-            (step, [each.copy() for each in arrays_in(drawn)], batch_of(drawn, device="cpu").images.clone())
-            for step, drawn in steps
+            (step, [each.copy() for each in arrays_in(packed)], unpacked(packed, device="cpu").images.clone())
+            for step, packed in steps
         ]
 
 
@@ -122,9 +122,9 @@ def test_a_process_reads_what_threads_read_bit_by_bit(name, nothing_left):
 
 def test_a_process_reads_its_share_and_from_a_step_on():
     patches = CASES["2-D"]
-    for step, arrays, _ in read(task_of(patches, n=5, first=4, share=slice(1, 3)), Loading.PROCESS):
-        expected = draw_batch(patches, 5, seed=5, step=step)[1:3]
-        assert np.array_equal(arrays[0], expected[0].image)
+    for step, _, images in read(task_of(patches, n=5, first=4, share=slice(1, 3)), Loading.PROCESS):
+        expected = batch_of(draw_batch(patches, 5, seed=5, step=step)[1:3], device="cpu")
+        assert torch.equal(images, expected.images)
     assert step == 6
     assert read(task_of(patches, first=3, last=2), Loading.PROCESS) == []
 

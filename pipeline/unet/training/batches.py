@@ -16,8 +16,6 @@ import numpy as np
 from pipeline.errors import PipelineError, RunError
 from pipeline.unet.training.patches import Patch, Patches
 
-Steps = Generator[tuple[int, list[Patch]], None, None]
-
 AHEAD = 2
 N_READERS = 8
 _PATCHES, _NETWORK = 1, 2
@@ -36,7 +34,7 @@ def network_seed(seed: int, step: int) -> int:
 
 def batches(
     patches: Patches, n: int, *, seed: int, first: int, last: int, ahead: int = AHEAD, share: slice = _WHOLE
-) -> Steps:
+) -> Generator[tuple[int, list[Patch]], None, None]:
     """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile.
 
     One thread draws, since what is drawn depends on what was drawn before; others read.

@@ -28,7 +28,7 @@ from pipeline.unet.training.reader import Task
 from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.team import ALONE, Team
 from pipeline.unet.training.validation import validate
-from pipeline.unet.training.warp import batch_of
+from pipeline.unet.training.warp import unpacked
 from pipeline.unet.transfer import Leaving
 
 
@@ -123,11 +123,11 @@ def fit(
         learner = Learner.new(settings, objective=objective, recipe=recipe, device=device, team=team)
         curve, best = _taken_up(before, learner, told=on_progress), before.best
         mark = perf_counter()
-        for step, drawn in steps:
+        for step, packed in steps:
             spent = team.first(lambda: _spent(elapsed_s(), minutes)) if minutes else 0.0
             now_rate = rate(recipe, max((step - 1) / recipe.steps, spent), step=step, curve=curve)
             torch.manual_seed(network_seed(seed, step))
-            loss = learner.learn(batch_of(drawn, device=device), step=step, rate=now_rate)
+            loss = learner.learn(unpacked(packed, device=device), step=step, rate=now_rate)
             took, mark = perf_counter() - mark, perf_counter()
             losses.put(loss, Step(step, math.nan, now_rate, n / took))
             if step % recipe.validate_every and step < recipe.steps and spent < 1:

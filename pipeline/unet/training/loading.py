@@ -24,8 +24,8 @@ from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Any
 
 from pipeline.errors import RunError
-from pipeline.unet.training.batches import AHEAD, Steps
-from pipeline.unet.training.reader import Failed, Read, Task, Unreachable
+from pipeline.unet.training.batches import AHEAD
+from pipeline.unet.training.reader import Failed, Read, Steps, Task, Unreachable
 from pipeline.unet.training.shared import Shared
 
 _LOG = logging.getLogger(__name__)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -14,9 +16,12 @@ from threading import Thread
 from traceback import format_exc
 
 from pipeline.errors import PipelineError
-from pipeline.unet.training.batches import Steps, batches
+from pipeline.unet.training.batches import batches
+from pipeline.unet.training.packed import Packed, pack
 from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.shared import Parcel, Shared
+
+Steps = Generator[tuple[int, Packed], None, None]
 
 _SECONDS_BETWEEN_LOOKS = 5.0
 
@@ -33,8 +38,11 @@ class Task:
     share: slice
 
     def batches(self) -> Steps:
-        """Return what ``batches`` yields."""
-        return batches(self.patches, self.n, seed=self.seed, first=self.first, last=self.last, share=self.share)
+        """Yield the steps with their patches, packed."""
+        steps = batches(self.patches, self.n, seed=self.seed, first=self.first, last=self.last, share=self.share)
+        with closing(steps):
+            for step, drawn in steps:
+                yield step, pack(drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +85,9 @@ def read(pipe: Connection, task: Shared, memories: list[Shared]) -> None:
     except (ImportError, AttributeError) as error:  # such as what only the other process's __main__ defines
         pipe.send(Unreachable(str(error)))
         return
-    for step, drawn in found.batches():
+    for step, batch in found.batches():
         number = free.get()
-        pipe.send(Read(step, number, memories[number].put(drawn)))
+        pipe.send(Read(step, number, memories[number].put(batch)))
     pipe.send(Over())
 
 
