@@ -1,15 +1,18 @@
 """How much of a training's speed its loader costs: steps fed from memory, by threads, and by a process apart.
 
 Threads and process read every patch from an OME-Zarr on disk, warped by the field of its augmentation, while steps are
-taken; memory has the very same patches in a list. All carry out the changes on the device, and take the same steps.
-Rounds are interleaved; medians are told, and how they stand to those from memory: of the steps' time, and of the CPU
-time of the training's process, all threads of it. A round begins when its second batch is asked for: what the start of
-the process takes is told by itself.
+taken; memory has the very same batches in a list. All carry out the changes on the device, and take the same steps.
+A fourth one is fed from memory while a process reads for nobody, as fast as it can: on few cores, that two processes
+share them costs more than what passes between them. Rounds are interleaved; medians are told, and how they stand to
+those from memory: of the steps' time, and of the CPU time of the training's process, all threads of it. The first
+batch, for which the process has to start, is told by itself.
 
     python tests/benchmarks/bench_train.py [--device cpu|cuda|host] [--rounds 5] [--steps 40] [--dims 2|3] [--width N]
+        [--host-ms 25]
 
 ``--device host`` stands for the processor of a GPU's machine, where there is none: one thread copies each batch as it
-would for a GPU, and calls all operators of a training step, on patches so small that these compute next to nothing.
+would for a GPU, and calls the operators of training steps, about ``--host-ms`` of them, on patches so small that they
+compute next to nothing.
 """
 
 import argparse
@@ -19,6 +22,8 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +50,8 @@ from pipeline.unet.training.warp import unpacked
 AUGMENTATION = Augmentation(rotation_degrees=30, scale=0.2, gamma=0.3, noise=0.05)
 ELASTIC_SIGMA_VOXELS = {2: 10.0, 3: 3.0}
 SHAPES = {2: (4, 4096, 4096), 3: (192, 256, 256)}
-MEMORY = "memory"
+MEMORY, BESIDE = "memory", "memory beside reading"
+BEGUN_S = 4.0
 
 
 def image_in(folder, dims):
@@ -64,7 +70,7 @@ def learner_of(lesson, recipe, *, device):
     return Learner.new(lesson.settings, objective=Objective(recipe.loss), recipe=recipe, device=device)
 
 
-def steps_of(device, image, recipe, lesson):
+def steps_of(device, image, recipe, lesson, *, host_ms):
     """Return what takes a step, from its batch and its number."""
     if device != "host":
         learner = learner_of(lesson, recipe, device=device)
@@ -76,11 +82,16 @@ def steps_of(device, image, recipe, lesson):
     learner = learner_of(small, recipe, device="cpu")
     stand_in = pack(draw_batch(small.learn, recipe.batch_size(recipe.dims), seed=0, step=1))
 
+    def call(step):
+        return learner.learn(unpacked(stand_in, device="cpu"), step=step, rate=1e-3)
+
     def take(packed, step):
         for row in (packed.moved.images, packed.moved.classes):
             row.flat.copy()  # to where a GPU would take it from
-        return learner.learn(unpacked(stand_in, device="cpu"), step=step, rate=1e-3)
+        return [call(step) for _ in range(n_calls)][-1]
 
+    begin = [time.process_time() for step in range(31) if step < 10 or call(step) is not None][10:]
+    n_calls = max(1, round(host_ms / (1e3 * median(b - a for a, b in pairwise(begin)))))
     return take
 
 
@@ -99,10 +110,23 @@ def timed(take, drawn):
     return *(1e3 * (b - a) / (step - 1) for a, b in zip(*ends, strict=True)), first
 
 
+def read_for_nobody(task):
+    while True:
+        for _ in task.batches():
+            pass
+
+
 @contextmanager
 def fed(kind, task, in_memory):
     if kind == MEMORY:
         yield in_memory
+    elif kind == BESIDE:
+        reader = get_context("spawn").Process(target=read_for_nobody, args=(task,), daemon=True)
+        reader.start()
+        time.sleep(BEGUN_S)
+        yield in_memory
+        reader.kill()
+        reader.join()
     else:
         with loaded(task, loading=kind) as steps:
             yield steps
@@ -115,6 +139,7 @@ def main():
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--host-ms", type=float, default=25.0)
     parser.add_argument("--precision", default="float32", choices=("float32", "bf16"))
     args = parser.parse_args()
     device = args.device if args.device == "host" else pick_device(args.device)
@@ -125,9 +150,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         image = image_in(Path(folder), args.dims)
         lesson = open_lesson([image], labels="truth", recipe=recipe)
-        take = steps_of(device, image, recipe, lesson)
+        take = steps_of(device, image, recipe, lesson, host_ms=args.host_ms)
         task = Task(lesson.learn, recipe.batch_size(args.dims), 0, 1, args.steps + 1, slice(None))
-        in_memory, rounds = list(task.batches()), {kind: [] for kind in (MEMORY, *Loading)}
+        in_memory, rounds = list(task.batches()), {kind: [] for kind in (MEMORY, BESIDE, *Loading)}
         for number in range(args.rounds + 1):
             for kind, found in rounds.items():
                 with fed(kind, task, in_memory) as steps:
