@@ -174,9 +174,10 @@ def test_weights_do_not_depend_on_who_reads_nor_on_restarts(dims, tmp_path, noth
 def test_what_fails_there_is_told_here_in_one_line(why, error, message, nothing_left):
     patches = with_source(CASES["2-D"], image=Odd((1, 128, 144), why))
     _, check = patches_of((128, 144), SETTINGS)
-    with pytest.raises(error, match=message) as caught:
-        fit(SETTINGS, patches, validation=check, recipe=RECIPE, device="cpu", seed=0, loading=Loading.PROCESS)
-    assert "\n" not in str(caught.value)
+    for loading in (Loading.PROCESS, Loading.THREADS)[: 1 if "process" in message else 2]:
+        with pytest.raises(error, match=message) as caught:
+            fit(SETTINGS, patches, validation=check, recipe=RECIPE, device="cpu", seed=0, loading=loading)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_process_that_hangs_ends_with_the_training(nothing_left):

@@ -48,7 +48,8 @@ def fit_together(
     """Return what ``fit`` returns, made by ``n`` processes: the same up to the rounding of sums, see ``team``.
 
     Each process takes its share of the very batch that one process would draw. Images in memory are there once per
-    process. What is said of repeated and of killed runs there holds for runs with as many processes.
+    process, and twice where another one reads for it. What is said of repeated and of killed runs there holds for runs
+    with as many processes.
 
     Raises
     ------
