@@ -4,6 +4,7 @@ import base64
 import json
 from dataclasses import replace
 
+import psutil
 import pytest
 
 pytest.importorskip("prefect")
@@ -15,6 +16,7 @@ from flows import train as train_flow
 from flows.train import Course, train_model
 from pipeline.unet.model import load_model
 from pipeline.unet.training.course import Validation
+from pipeline.unet.training.loading import Loading
 
 
 def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeypatch):
@@ -48,6 +50,25 @@ def test_a_named_model_that_makes_images_is_trained_and_shown_by_its_name(server
     assert result["model"] == str(tmp_path / "models/clean/1.safetensors")
     assert [each["held_out"] is None for each in load_model(result["model"]).training["images"]] == [True, False]
     assert Artifact.get(key="clean-1-train").data == 100.0
+
+
+def test_a_process_that_reads_for_a_flow_is_gone_afterwards_and_when_it_is_cancelled(server, tmp_path, monkeypatch):
+    image = image_of(tmp_path, "a", *textures((96, 96)))
+    (tmp_path / "r.toml").write_text("width = 2\ndepth = 1\npatch = 16\nbatch = 2\nsteps = 6\nvalidate_every = 2\n")
+    about, children = {"recipe": str(tmp_path / "r.toml")}, set(psutil.Process().children())
+    monkeypatch.setattr("pipeline.unet.training.fit.loading_for", lambda _: Loading.PROCESS)
+    assert train_model([image], "truth", str(tmp_path / "m"), **about)["steps"] == 6
+    assert set(psutil.Process().children()) == children
+
+    class Cancelled:
+        def is_set(self):
+            (reader,) = set(psutil.Process().children()) - children
+            assert reader.is_running()
+            return True
+
+    monkeypatch.setattr(train_flow, "given_up", Cancelled)
+    assert train_model([image], "truth", str(tmp_path / "cancelled"), **about, return_state=True).is_cancelled()
+    assert set(psutil.Process().children()) == children
 
 
 def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):

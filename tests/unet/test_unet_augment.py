@@ -21,6 +21,7 @@ from pipeline.unet.training.augment import (
     in_voxels,
     rotation,
 )
+from pipeline.unet.training.packed import Places, Row, Shades
 from pipeline.unet.training.patches import IGNORED, Patch
 from pipeline.unet.training.warp import Ragged, batch_of
 
@@ -59,19 +60,19 @@ def sources_of(field, shape):
 
 
 def positions(field, shape):
-    return warp.positions([field], shape)[0]
+    return warp.positions(Places.of([field], shape))[0]
 
 
 def linear(x, at):
-    return warp.linear(Ragged.of([x.numpy()]), at[None])[0]
+    return warp.linear(Ragged.of(Row.of([x.numpy()])), at[None])[0]
 
 
 def nearest(y, at):
-    return warp.nearest(Ragged.of([y[None].numpy()]), at[None])[0]
+    return warp.nearest(Ragged.of(Row.of([y[None].numpy()])), at[None])[0]
 
 
 def shaded(x, grey):
-    return warp.shaded(x[None], [grey])[0]
+    return warp.shaded(x[None], Shades.of([grey], x.shape[1:]))[0]
 
 
 def wide(field, shape, rng):

@@ -7,11 +7,13 @@ restart, reads further ahead or with more threads, or shares a batch among proce
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
+from pipeline.errors import PipelineError, RunError
 from pipeline.unet.training.patches import Patch, Patches
 
 AHEAD = 2
@@ -32,10 +34,14 @@ def network_seed(seed: int, step: int) -> int:
 
 def batches(
     patches: Patches, n: int, *, seed: int, first: int, last: int, ahead: int = AHEAD, share: slice = _WHOLE
-) -> Iterator[tuple[int, list[Patch]]]:
+) -> Generator[tuple[int, list[Patch]], None, None]:
     """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile.
 
     One thread draws, since what is drawn depends on what was drawn before; others read.
+
+    Raises
+    ------
+    PipelineError, OSError : a patch cannot be read.
     """
     with ThreadPoolExecutor(N_READERS) as readers, ThreadPoolExecutor(1) as drawer:
 
@@ -53,9 +59,24 @@ def batches(
         submit()
         while coming:
             step, drawn = coming.popleft()
-            batch = [each.result() for each in drawn.result()]
+            with _one_line(step):
+                batch = [each.result() for each in drawn.result()]
             submit()
             yield step, batch
+
+
+@contextmanager
+def _one_line(step: int) -> Iterator[None]:
+    """Turn whatever a decoder dies of into one line; failing storage stays an OSError."""
+    try:
+        yield
+    except (PipelineError, OSError):
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(
+            f"every patch must be readable, got {cause} (step {step}); mend the image, and the same command goes on"
+        ) from error
 
 
 def _drawn(patches: Patches, n: int, *, seed: int, step: int) -> list[Callable[[], Patch]]:

@@ -17,16 +17,18 @@ from torch import Tensor
 from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
 from pipeline.unet.engines import keep_freed_memory
 from pipeline.unet.settings import UNetSettings
-from pipeline.unet.training.batches import batches, network_seed
+from pipeline.unet.training.batches import network_seed
 from pipeline.unet.training.checkpoint import Checkpoint, CheckpointFile
 from pipeline.unet.training.course import Step, Validation, best_of, is_best, is_over, rate
 from pipeline.unet.training.learner import Learner
+from pipeline.unet.training.loading import Loading, loaded, loading_for
 from pipeline.unet.training.losses import Objective, balanced
 from pipeline.unet.training.patches import Patches
+from pipeline.unet.training.reader import Task
 from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.team import ALONE, Team
 from pipeline.unet.training.validation import validate
-from pipeline.unet.training.warp import batch_of
+from pipeline.unet.training.warp import unpacked
 from pipeline.unet.transfer import Leaving
 
 
@@ -82,7 +84,7 @@ def fit(
     settings: UNetSettings, patches: Patches, *, validation: Patches, recipe: Recipe, device: str, seed: int,
     minutes: float | None = None, checkpoint: CheckpointFile | None = None,
     on_progress: Callable[[Validation], None] = lambda _: None, on_step: Callable[[Step], None] = lambda _: None,
-    team: Team = ALONE,
+    team: Team = ALONE, loading: Loading | None = None,
 ) -> Fitted:
     """Return a network that has learnt from the patches; the same for the same seed, machine and number of steps.
 
@@ -96,10 +98,11 @@ def fit(
     on_step : told of each step that is taken
     team : the processes that take every step together, all of which must call this; the first one validates, writes,
         and tells of both
+    loading : who reads the patches; None: as ``loading_for`` says
 
     Raises
     ------
-    RunError : the loss is no longer finite.
+    RunError : the loss is no longer finite, a patch cannot be read, or the process that reads them died.
     ArgumentError : no voxel is labelled where the network is to learn, or where it is held out; or the checkpoint is
         of a run with other settings.
     ModelError : the checkpoint is damaged.
@@ -112,18 +115,19 @@ def fit(
     def elapsed_s() -> float:
         return before.elapsed_s + perf_counter() - begin
 
-    with _same_each_time(seed), _memory(recipe):
+    over = bool(before.curve) and (is_over(before.curve, recipe) or _spent(before.elapsed_s, minutes) >= 1)
+    first, last = before.curve[-1].step + 1 if before.curve else 1, 0 if over else recipe.steps
+    task = Task(patches, n, seed, first, last, team.share(n))
+    with _same_each_time(seed), _memory(recipe), loaded(task, loading=loading or loading_for(device)) as steps:
         objective = _objective(patches, recipe, device)
         learner = Learner.new(settings, objective=objective, recipe=recipe, device=device, team=team)
         curve, best = _taken_up(before, learner, told=on_progress), before.best
-        over = bool(curve) and (is_over(curve, recipe) or _spent(before.elapsed_s, minutes) >= 1)
-        first, last = curve[-1].step + 1 if curve else 1, 0 if over else recipe.steps
-        share, mark = team.share(n), perf_counter()
-        for step, drawn in batches(patches, n, seed=seed, first=first, last=last, share=share):
+        mark = perf_counter()
+        for step, packed in steps:
             spent = team.first(lambda: _spent(elapsed_s(), minutes)) if minutes else 0.0
             now_rate = rate(recipe, max((step - 1) / recipe.steps, spent), step=step, curve=curve)
             torch.manual_seed(network_seed(seed, step))
-            loss = learner.learn(batch_of(drawn, device=device), step=step, rate=now_rate)
+            loss = learner.learn(unpacked(packed, device=device), step=step, rate=now_rate)
             took, mark = perf_counter() - mark, perf_counter()
             losses.put(loss, Step(step, math.nan, now_rate, n / took))
             if step % recipe.validate_every and step < recipe.steps and spent < 1:

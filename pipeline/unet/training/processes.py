@@ -13,6 +13,7 @@ from pipeline.unet.training.checkpoint import CheckpointFile
 from pipeline.unet.training.course import Step, Validation
 from pipeline.unet.training.fit import Fitted, fit
 from pipeline.unet.training.launch import launch
+from pipeline.unet.training.loading import Loading
 from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.team import Team
@@ -42,11 +43,13 @@ def fit_together(
     settings: UNetSettings, patches: Patches, *, n: int, validation: Patches, recipe: Recipe, device: str, seed: int,
     minutes: float | None = None, checkpoint: CheckpointFile | None = None,
     on_progress: Callable[[Validation], None] = lambda _: None, on_step: Callable[[Step], None] = lambda _: None,
+    loading: Loading | None = None,
 ) -> Fitted:
     """Return what ``fit`` returns, made by ``n`` processes: the same up to the rounding of sums, see ``team``.
 
     Each process takes its share of the very batch that one process would draw. Images in memory are there once per
-    process. What is said of repeated and of killed runs there holds for runs with as many processes.
+    process, and twice where another one reads for it. What is said of repeated and of killed runs there holds for runs
+    with as many processes.
 
     Raises
     ------
@@ -62,7 +65,7 @@ def fit_together(
 
     work = partial(
         _share, settings=settings, patches=patches, validation=validation, recipe=recipe, device=device, seed=seed,
-        minutes=minutes, checkpoint=checkpoint,
+        minutes=minutes, checkpoint=checkpoint, loading=loading,
     )
     return launch(work, n, device=device, on_word=hear)
 
@@ -70,9 +73,10 @@ def fit_together(
 def _share(
     *, team: Team, say: Callable[[object], None], settings: UNetSettings, patches: Patches, validation: Patches,
     recipe: Recipe, device: str, seed: int, minutes: float | None, checkpoint: CheckpointFile | None,
+    loading: Loading | None,
 ) -> Fitted:
     """Do the part of one process."""
     return fit(
         settings, patches, validation=validation, recipe=recipe, device=device, seed=seed, minutes=minutes,
-        checkpoint=checkpoint, on_progress=say, on_step=say, team=team,
+        checkpoint=checkpoint, on_progress=say, on_step=say, team=team, loading=loading,
     )

@@ -3,32 +3,23 @@
 Positions are in voxels and looked up by index, not through ``grid_sample``, whose coordinates from -1 to 1 are rounded:
 no change, right angles and whole shifts give the very voxels. What lies outside is mirrored without repeating the edge.
 
-All patches of a batch are changed together, though each was read as far as its own field reaches: their voxels lie one
-after the other (``Ragged``), sent to the device at once.
-
-    | patch 0 ........ | patch 1 ... | patch 2 .......... |     voxel = start of the patch + offset within it
+All patches of a batch are changed together, as they are ``packed``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from math import ceil
-from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.geometry.mirror import mirror_index
-from pipeline.unet.training.augment import Field, Grey
+from pipeline.unet.training.packed import Blur, Moved, Packed, Places, Row, Shades, Still, pack
 from pipeline.unet.training.patches import IGNORED, Patch
-from pipeline.unet.transfer import locks, sent
+from pipeline.unet.transfer import sent
 
-_BLUR_REACH = 4.0
 _ALL_KNOWN = 1 - 1e-4
 
 
@@ -64,15 +55,10 @@ class Ragged:
     sizes: Tensor
 
     @classmethod
-    def of(cls, arrays: Sequence[NDArray[Any]], *, device: str = "cpu") -> Ragged:
-        """Return arrays (channels, *size)."""
-        lengths = [array[0].size for array in arrays]
-        starts = np.cumsum([0, *lengths[:-1]])
-        rows = [torch.from_numpy(array).reshape(len(array), -1) for array in arrays]
-        flat = torch.empty((len(rows[0]), sum(lengths)), dtype=rows[0].dtype, pin_memory=locks(device))
-        torch.cat(rows, dim=1, out=flat)
-        index = sent(np.column_stack([starts, [array.shape[1:] for array in arrays]]).astype(np.int32), device=device)
-        return cls(flat.to(device, non_blocking=True), index[:, 0], index[:, 1:])
+    def of(cls, row: Row, *, device: str = "cpu") -> Ragged:
+        """Return arrays that lie one after the other, on the device."""
+        index = sent(row.index, device=device)
+        return cls(sent(row.flat, device=device), index[:, 0], index[:, 1:])
 
     def joined(self, offset: Tensor, index: Tensor, axis: int) -> Tensor:
         """Return positions in each array, of voxels along the axes before this one and along it."""
@@ -92,88 +78,69 @@ class Ragged:
 
 def batch_of(patches: Sequence[Patch], *, device: str) -> Batch:
     """Return patches with their changes carried out."""
-    fields = [patch.change.field if patch.change else None for patch in patches]
-    still = [number for number, field in enumerate(fields) if field is None]
-    moved = [number for number, field in enumerate(fields) if field is not None]
-    parts = [
-        (numbers, shown([patches[number] for number in numbers], device=device))
-        for numbers, shown in ((still, _as_read), (moved, _warped)) if numbers
-    ]  # fmt: skip
-    batch = parts[0][1] if len(parts) == 1 else _in_order(parts)
-    return replace(batch, images=shaded(batch.images, [p.change.grey if p.change else Grey() for p in patches]))
+    return unpacked(pack(patches), device=device)
 
 
-def _as_read(patches: Sequence[Patch], *, device: str) -> Batch:
+def unpacked(packed: Packed, *, device: str) -> Batch:
+    """Return a batch with all changes carried out; a GPU has copies of its arrays."""
+    parts = [_as_read(packed.still, device=device)] if packed.still else []
+    parts += [_warped(packed.moved, device=device)] if packed.moved else []
+    batch = parts[0] if len(parts) == 1 else _in_order(parts, packed.numbers)
+    return replace(batch, images=shaded(batch.images, packed.shades))
+
+
+def _as_read(still: Still, *, device: str) -> Batch:
     """Return patches that nothing moves."""
 
-    def stacked(arrays: Sequence[NDArray[Any] | None]) -> Tensor | None:
-        there = [each for each in arrays if each is not None]
-        return sent(np.stack(there), device=device) if there else None
+    def there(array: NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else sent(array, device=device)
 
-    images, classes = stacked([p.image for p in patches]), stacked([p.classes for p in patches])
-    assert images is not None
-    assert classes is not None
-    borders, target = stacked([p.borders for p in patches]), stacked([p.target for p in patches])
-    return Batch(images, classes.long(), borders, target)
+    images, classes = sent(still.images, device=device), sent(still.classes, device=device)
+    return Batch(images, classes.long(), there(still.borders), there(still.target))
 
 
-def _warped(patches: Sequence[Patch], *, device: str) -> Batch:
+def _warped(moved: Moved, *, device: str) -> Batch:
     """Return patches, each looked up through its own field."""
-    fields = [patch.change.field for patch in patches if patch.change and patch.change.field]
-    tile, core = patches[0].tile, patches[0].core
-    seen = positions(fields, tile, device=device)
-    known = seen if core == tile else positions(fields, core, device=device)
-    images = Ragged.of([p.image for p in patches], device=device)
-    classes = Ragged.of([p.classes[None] for p in patches], device=device)
-    borders, targets = [p.borders[None] for p in patches if p.borders is not None], [p.target for p in patches]
-    weights = linear(Ragged.of(borders, device=device), known)[:, 0] if borders else None
-    if targets[0] is None:
+    seen = positions(moved.seen, device=device)
+    known = positions(moved.known, device=device) if moved.known else seen
+    images, classes = Ragged.of(moved.images, device=device), Ragged.of(moved.classes, device=device)
+    weights = linear(Ragged.of(moved.borders, device=device), known)[:, 0] if moved.borders else None
+    if moved.target is None:
         return Batch(linear(images, seen), nearest(classes, known).long(), weights)
     # a value between voxels is known where all of them are
     share = linear(replace(classes, flat=(classes.flat != IGNORED).float()), known)[:, 0]
-    target = linear(Ragged.of([each for each in targets if each is not None], device=device), known)
+    target = linear(Ragged.of(moved.target, device=device), known)
     return Batch(linear(images, seen), torch.where(share > _ALL_KNOWN, 0, IGNORED), weights, target)
 
 
-def _in_order(parts: list[tuple[list[int], Batch]]) -> Batch:
+def _in_order(parts: Sequence[Batch], numbers: tuple[int, ...]) -> Batch:
     """Return the patches of several batches as one, by their numbers."""
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
 
     def of_all(tensors: list[Tensor | None]) -> Tensor | None:
-        there = [each for each in tensors if each is not None]
-        if not there:
-            return None
-        pairs = (zip(numbers, each, strict=True) for (numbers, _), each in zip(parts, there, strict=True))
-        return torch.stack([row for _, row in sorted(chain.from_iterable(pairs), key=itemgetter(0))])
+        rows = [row for each in tensors if each is not None for row in each]
+        return torch.stack([rows[at] for at in order]) if rows else None
 
-    images, classes = of_all([part.images for _, part in parts]), of_all([part.classes for _, part in parts])
+    images, classes = of_all([part.images for part in parts]), of_all([part.classes for part in parts])
     assert images is not None
     assert classes is not None
-    return Batch(images, classes, of_all([p.borders for _, p in parts]), of_all([p.target for _, p in parts]))
+    return Batch(images, classes, of_all([part.borders for part in parts]), of_all([part.target for part in parts]))
 
 
-def positions(fields: Sequence[Field], shape: tuple[int, ...], *, device: str = "cpu") -> Tensor:
-    """Return where the voxels of a box in the centre of each patch come from, float32 (patches, d, *shape).
-
-    Counted from the first voxel that its ``field.margins(shape)`` asks for.
-    """
+def positions(places: Places, *, device: str = "cpu") -> Tensor:
+    """Return where the voxels of a box in the centre of each patch come from, float32 (patches, d, *shape)."""
+    shape, about = places.shape, sent(places.about, device=device)
     n, ones = len(shape), (1,) * len(shape)
-    half = [(size - 1) / 2 for size in shape]
-    before = [[margin for margin, _ in field.margins(shape)] for field in fields]
-    starts = np.array(half) + before + [field.shift for field in fields]
-    about = sent(np.dstack([starts, [field.matrix for field in fields]]).astype(np.float32), device=device)
     at = about[:, :, 0].reshape(-1, n, *ones)
     for axis, size in enumerate(shape):
-        along = torch.arange(size, device=device, dtype=torch.float32) - half[axis]
+        along = torch.arange(size, device=device, dtype=torch.float32) - (size - 1) / 2
         column = about[:, :, 1 + axis].reshape(-1, n, *ones)
         at = at + column * along.reshape(*(-1 if each == axis else 1 for each in range(n)))
-    bending = [field for field in fields if field.nodes is not None]
-    if not bending:
+    if places.nodes is None:
         return at
-    nodes = [np.zeros_like(bending[0].nodes) if field.nodes is None else field.nodes for field in fields]
-    bent = sent(np.stack(nodes).astype(np.float32), device=device)
-    for axis, size in enumerate(shape):
-        weights = sent(bending[0].weights(axis, size).astype(np.float32), device=device)
-        bent = torch.tensordot(bent, weights, dims=([2], [1]))
+    bent = sent(places.nodes, device=device)
+    for weights in places.weights:
+        bent = torch.tensordot(bent, sent(weights, device=device), dims=([2], [1]))
     return at + bent
 
 
@@ -205,25 +172,24 @@ def nearest(y: Ragged, at: Tensor) -> Tensor:
     return y.values(offset)[0]
 
 
-def shaded(x: Tensor, greys: Sequence[Grey]) -> Tensor:
+def shaded(x: Tensor, shades: Shades) -> Tensor:
     """Return images (patches, channels, *size), each with its own change of grey values.
 
     Bit by bit the same where nothing is asked.
     """
-    for axis, sigmas in enumerate(zip(*(grey.blur for grey in greys), strict=True), start=2):
-        if max(sigmas) > 0:
-            x = _blurred(x, axis, sigmas)
-    values = np.array([(grey.gain, grey.shift, grey.gamma, grey.noise) for grey in greys])
-    gain, shift, gamma, noise = sent(values, device=x.device).to(x.dtype).T.reshape(4, -1, *(1,) * (x.ndim - 1))
-    if any((grey.gain, grey.shift) != (1.0, 0.0) for grey in greys):
+    for blur in shades.blurs:
+        x = _blurred(x, blur)
+    asked = (shades.values != (1.0, 0.0, 1.0, 0.0)).any(axis=0)
+    gain, shift, gamma, noise = sent(shades.values, device=x.device).to(x.dtype).T.reshape(4, -1, *(1,) * (x.ndim - 1))
+    if asked[:2].any():
         x = x * gain + shift
-    if any(grey.gamma != 1 for grey in greys):
+    if asked[2]:
         axes = tuple(range(1, x.ndim))
         low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         width = (high - low).clamp_min(torch.finfo(x.dtype).tiny)
         x = torch.where(gamma == 1, x, ((x - low) / width) ** gamma * width + low)
-    if any(grey.noise > 0 for grey in greys):
-        x = x + noise * torch.stack([_drawn(x[0], grey.seed) for grey in greys])
+    if asked[3]:
+        x = x + noise * torch.stack([_drawn(x[0], seed) for seed in shades.seeds])
     return x
 
 
@@ -233,23 +199,13 @@ def _drawn(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=drawn, device=like.device)
 
 
-def _blurred(x: Tensor, axis: int, sigmas: Sequence[float]) -> Tensor:
-    """Return each patch after its own Gaussian along one axis, cut at four standard deviations, mirrored outside."""
-    reach, n = ceil(_BLUR_REACH * max(sigmas)), x.shape[axis]
-    around = x.index_select(axis, sent(mirror_index(-reach, n + reach, n), device=x.device))
-    weights = np.stack([_gaussian(sigma, reach) for sigma in sigmas], axis=1)
-    out = torch.zeros_like(x)
-    for step, weight in enumerate(sent(weights, device=x.device).reshape(len(weights), -1, *(1,) * (x.ndim - 1))):
-        out.addcmul_(weight, around.narrow(axis, step, n))
+def _blurred(x: Tensor, blur: Blur) -> Tensor:
+    """Return each patch after its own Gaussian along one axis."""
+    around = x.index_select(blur.axis, sent(blur.shown, device=x.device))
+    out, weights = torch.zeros_like(x), sent(blur.weights, device=x.device)
+    for step, weight in enumerate(weights.reshape(len(weights), -1, *(1,) * (x.ndim - 1))):
+        out.addcmul_(weight, around.narrow(blur.axis, step, x.shape[blur.axis]))
     return out
-
-
-def _gaussian(sigma: float, reach: int) -> NDArray[np.float32]:
-    """Return the weights of 2 reach + 1 voxels, float32, zero beyond four standard deviations; sigma 0: the middle."""
-    at = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (at / (sigma or 1.0)) ** 2) * (np.abs(at) <= ceil(_BLUR_REACH * sigma))
-    shares: NDArray[np.float32] = (weights / weights.sum()).astype(np.float32)
-    return shares
 
 
 def _each(values: Tensor, *, like: Tensor) -> Tensor:
