@@ -58,6 +58,8 @@ def preview(
     ------
     InputError : images, labels and recipe do not fit, or the picture cannot be written there.
     """
+    if not path.lower().endswith(".png"):
+        raise ArgumentError(f"a preview must be a .png, got {path}; name it so")
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe)
     n = recipe.batch_size(lesson.settings.dims)
     steps = batches(lesson.learn, n, seed=seed, first=1, last=ceil(N_PATCHES / n))

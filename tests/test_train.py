@@ -458,3 +458,8 @@ def test_a_preview_that_cannot_be_written_is_refused(slide, tmp_path, capsys):
     assert "a preview must be a file that can be written" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--model", "m"])
+    truth = tmp_path / "truth.tif"
+    truth.write_bytes(b"drawn by hand")
+    assert cli.main(["train", slide, "--labels", "truth", "--preview", str(truth)]) == 2
+    assert f"a preview must be a .png, got {truth}" in capsys.readouterr().err
+    assert truth.read_bytes() == b"drawn by hand"
