@@ -1,6 +1,7 @@
 """The command ``haloseg``: parse, call a verb, print.
 
-Exit codes: 0 done; 1 the run failed; 2 bad arguments or bad input; 130 interrupted. Errors are one line on stderr.
+Exit codes: 0 done; 1 the run failed, or a result was not verified; 2 bad arguments or bad input; 130 interrupted.
+Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("distributed", "asyncio"):  # not tifffile, whose complaints tell of damage
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        show(args.run(args), as_json=args.json)
+        show(document := args.run(args), as_json=args.json)
     except PipelineError as error:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"storage must answer, got {error}; mend it and run the same command again", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; what is done is kept: the same command goes on", 130)
-    return 0
+    return 0 if document.get("verified") is not False else 1
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

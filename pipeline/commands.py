@@ -142,7 +142,7 @@ def verify(args: Namespace) -> Document:
             what, n_boxes=args.boxes, seed=args.seed, run=run, watch=watch
         )
     document: Document = certificate.to_json()
-    return document
+    return document if certificate.agrees is None else document | {"verified": certificate.agrees}
 
 
 def evaluate(args: Namespace) -> Document:
