@@ -60,6 +60,8 @@ def preview(
     """
     if not path.lower().endswith(".png"):
         raise ArgumentError(f"a preview must be a .png, got {path}; name it so")
+    if seed < 0:
+        raise ArgumentError(f"seed must be at least 0, got {seed}; use 0")
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe)
     n = recipe.batch_size(lesson.settings.dims)
     steps = batches(lesson.learn, n, seed=seed, first=1, last=ceil(N_PATCHES / n))
