@@ -210,7 +210,7 @@ def _same_ingest(target: Location, about: dict[str, Any]) -> Image | None:
         if was != now:
             raise StoreError(
                 f"image {target} must be of this scan, got another {key} ({now}, was {was}); "
-                "choose another image or say --overwrite"
+                "choose another image, or make it anew, without its labels: haloseg ingest SCAN IMAGE --overwrite"
             )
     return there
 

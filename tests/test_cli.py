@@ -333,3 +333,32 @@ def test_a_stack_that_is_cut_off_is_refused_and_not_read_as_its_first_slice(tmp_
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     assert main(["info", str(tmp_path / "cut.tif")]) == 2
     assert "a scan must be whole and decodable, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["labels/x", "labels/x/0", "0", "labels"])
+def test_what_lies_in_an_image_is_no_scan_that_an_image_is_made_of_there(tmp_path, image, capsys, inside):
+    model = model_file(tmp_path / "model.safetensors")
+    printed(capsys, "segment", image, "--model", model, "--name", "x")
+    before = tree_digest(tmp_path)
+    told = fails(capsys, "segment", image / inside, "--model", model, "--name", "y")
+    assert told == f"haloseg: a scan must not lie in an image, got {image / inside} in {image}; name the image instead"
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_scan_that_has_changed_is_refused_with_what_to_do(tmp_path, scan, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    printed(capsys, "segment", scan, "--model", model, "--name", "x")
+    scan_file(scan, (20, 40, 50), seed=1)
+    told = fails(capsys, "segment", scan, "--model", model, "--name", "x")
+    assert "haloseg ingest SCAN IMAGE --overwrite" in told
+    printed(capsys, "ingest", scan, scan.with_suffix(".zarr"), "--overwrite")
+    assert printed(capsys, "segment", scan, "--model", model, "--name", "x")["blocks_run"] > 0
+
+
+def test_labels_that_somebody_has_drawn_are_not_to_be_deleted(tmp_path, image, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    np.save(tmp_path / "truth.npy", np.zeros((20, 40, 50), np.uint8))
+    printed(capsys, "ingest", "--labels-of", image, "--name", "truth", tmp_path / "truth.npy")
+    told = fails(capsys, "segment", image, "--model", model, "--name", "truth")
+    assert "must come from one run, got haloseg segment where those of haloseg ingest are" in told
+    assert told.endswith("; choose another name")
