@@ -175,7 +175,9 @@ def test_labels_that_are_none_are_refused(tmp_path, image, capsys):
     np.save(tmp_path / "small.npy", np.zeros((20, 40, 49), np.uint8))
     labels = ["ingest", "--labels-of", image, "--name", "x"]
     assert "must be integers" in fails(capsys, *labels, tmp_path / "float.npy")
-    assert "the image's shape" in fails(capsys, *labels, tmp_path / "small.npy")
+    assert fails(capsys, *labels, tmp_path / "small.npy").endswith("small.npy; pad or crop them")
+    np.save(tmp_path / "colours.npy", np.zeros((20, 40, 50, 3), np.uint8))
+    assert fails(capsys, *labels, tmp_path / "colours.npy").endswith("npy; save one value per voxel, without channels")
     assert "label name" in fails(capsys, "ingest", "--labels-of", image, "--name", "../x", tmp_path / "small.npy")
     assert tree_digest(image) == before
 
