@@ -110,6 +110,9 @@ def test_plan_tells_what_segment_does_and_writes_nothing(tmp_path, image, capsys
     timed = printed(capsys, "plan", image, "--model", model, "--calibrate")
     assert timed["voxels_per_s"] == pytest.approx(20 * 40 * 50 / timed["seconds"])
     assert "seconds" not in printed(capsys, "plan", image, "--model", model, "--calibrate", "--engine", "reference")
+    for scheme, told in ((["--tile", "22"], True), ([], False)):
+        assert main(["plan", str(image), "--model", str(model), "--calibrate", *scheme]) == 0
+        assert ("no time is told: slabs of columns are timed" in capsys.readouterr().err) is told
     assert tree_digest(tmp_path) == before
 
 
