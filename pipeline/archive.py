@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from time import time
 
@@ -133,7 +133,7 @@ def survey(archive: Archive) -> Survey:
     """
     check_name(archive.name)
     root = Location(archive.root).absolute()
-    if not root.exists():
+    if not root.exists() or (root.is_local and not Path(root.url).is_dir()):
         raise ArgumentError(f"an archive must be a folder or prefix that exists, got {archive.root}; mend the path")
     model = load_model(archive.model)
     scans, others = _listed(archive, root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.config import Precision
 from pipeline.works.certify import TOLERANCE
 
 
@@ -37,6 +38,11 @@ class Certificate:
     def is_rounding(self) -> bool:
         """Whether nothing but rounding in float32 was found."""
         return self.max_difference <= TOLERANCE and not self.n_flipped_decided
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the labels are those of the reference beyond rounding; None of lower precision, where not all are."""
+        return not self.n_flipped_decided if self.precision == Precision.FLOAT32 else None
 
     @property
     def line(self) -> str:
@@ -77,6 +83,11 @@ class ValueCertificate:
     def is_rounding(self) -> bool:
         """Whether nothing but rounding in float32 was found."""
         return not self.n_beyond_rounding
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the values are those of the reference; None of lower precision, where they are not."""
+        return self.is_rounding if self.precision == Precision.FLOAT32 else None
 
     @property
     def line(self) -> str:

@@ -1,6 +1,7 @@
 """The command ``haloseg``: parse, call a verb, print.
 
-Exit codes: 0 done; 1 the run failed; 2 bad arguments or bad input; 130 interrupted. Errors are one line on stderr.
+Exit codes: 0 done; 1 the run failed, or a result was not verified; 2 bad arguments or bad input; 130 interrupted.
+Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("distributed", "asyncio"):  # not tifffile, whose complaints tell of damage
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        show(args.run(args), as_json=args.json)
+        show(document := args.run(args), as_json=args.json)
     except PipelineError as error:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"storage must answer, got {error}; mend it and run the same command again", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; what is done is kept: the same command goes on", 130)
-    return 0
+    return 0 if document.get("verified") is not False else 1
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -106,11 +107,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--author", action="append", default=[], metavar="NAME", help="once for each")
     export.add_argument("--licence", metavar="SPDX", help="such as CC-BY-4.0")
     verb("inspect", "tell what a model is, and measure its tile rule").add_argument("model", metavar="MODEL")
-    _add_plan(plan := verb("plan", "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"))
-    plan.add_argument("--calibrate", action="store_true", help="time a few slabs on this machine, and tell how long")
+    plan_help = "tell what segment would do: columns, arithmetic, bytes, memory; runs nothing"
+    _add_plan(plan := verb("plan", plan_help), "an image; make it of a scan with ingest")
+    plan.add_argument("--calibrate", action="store_true", help="time a few slabs here, and tell how long; not of tiles")
     plan.add_argument("--workers", type=_positive, metavar="N", help=workers_help)
     segment_help = "make the label volume, or the prediction, that the network gives on the whole scan"
-    _add_plan(segment := verb("segment", segment_help, cluster))
+    segment_image = "an image, or a scan that segment ingests beside itself first"
+    _add_plan(segment := verb("segment", segment_help, cluster), segment_image)
     name_help = "IMAGE/labels/NAME, or IMAGE/predictions/NAME of a network trained with --target"
     segment.add_argument("--name", required=True, metavar="NAME", help=name_help)
     _add_verify(verb("verify", "compute sampled boxes of a result again and tell the difference", cluster))
@@ -181,8 +184,8 @@ def _add_import(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--output", type=int, default=0, metavar="N", help="which of several outputs, from 0")
 
 
-def _add_plan(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("image", metavar="IMAGE", help="an image, or a scan that segment ingests beside itself first")
+def _add_plan(verb: argparse.ArgumentParser, image_help: str) -> None:
+    verb.add_argument("image", metavar="IMAGE", help=image_help)
     verb.add_argument("--model", required=True, metavar="NAME|FILE", help="such as cells, cells@2, cells.safetensors")
     verb.add_argument("--tile", type=_integers, metavar="N[,N,N]", help="run by overlapping tiles of this size instead")
     verb.add_argument("--slab", type=_positive, metavar="N", help="rows that enter the network at once")

@@ -85,7 +85,8 @@ def ingest_labels(
         raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
     if "c" in array.dims or shape != of.spatial_shape:
         got = tuple(array.sizes.values())
-        raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; pad or crop them")
+        how = "save one value per voxel, without channels" if "c" in array.dims else "pad or crop them"
+        raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; {how}")
     labels = Labels(
         target, of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
         identified, provenance={"made_by": "haloseg ingest"},
@@ -210,7 +211,7 @@ def _same_ingest(target: Location, about: dict[str, Any]) -> Image | None:
         if was != now:
             raise StoreError(
                 f"image {target} must be of this scan, got another {key} ({now}, was {was}); "
-                "choose another image or say --overwrite"
+                "choose another image, or make it anew, without its labels: haloseg ingest SCAN IMAGE --overwrite"
             )
     return there
 

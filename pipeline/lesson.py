@@ -31,6 +31,7 @@ from pipeline.unet.training.source import Source
 from pipeline.unet.training.targets import UNKNOWN, Known, Target
 
 RESIDENT_BYTES = 2**29
+_FARTHEST = 64  # of a voxel that is seen from one of the image: nanometres taken for micrometres are 1000 apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,13 @@ def _seen_size(images: list[Image], *, recipe: Recipe) -> tuple[float, ...] | No
             f"voxel_size_um needs {n_axes} numbers for images of {images[0].spatial_shape}, got {size}; give one for "
             "each axis, or for slices of volumes set dims = 2"
         )
+    for image in images:
+        steps = _steps(image, size)
+        if steps and not 1 / _FARTHEST <= min(steps) <= max(steps) <= _FARTHEST:
+            raise ArgumentError(
+                f"voxel_size_um must be at most {_FARTHEST} times the images' or a {_FARTHEST}th, got {size} for "
+                f"{image.voxel_size_um} in {image.location}; give micrometres"
+            )
     return (*(images[0].voxel_size_um or ())[: n_axes - len(size)], *size)
 
 

@@ -44,7 +44,7 @@ class Preview:
 
 def preview(
     images: Sequence[str], *, recipe: Recipe, seed: int, path: str, labels: str | None = None,
-    targets: Sequence[str] = (),
+    targets: Sequence[str] = (), held_out: Sequence[str] = (),
 ) -> Preview:
     """Write a PNG of the first patches that a training with this seed would see; of volumes their middle slices.
 
@@ -58,7 +58,11 @@ def preview(
     ------
     InputError : images, labels and recipe do not fit, or the picture cannot be written there.
     """
-    lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe)
+    if not path.lower().endswith(".png"):
+        raise ArgumentError(f"a preview must be a .png, got {path}; name it so")
+    if seed < 0:
+        raise ArgumentError(f"seed must be at least 0, got {seed}; use 0")
+    lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
     n = recipe.batch_size(lesson.settings.dims)
     steps = batches(lesson.learn, n, seed=seed, first=1, last=ceil(N_PATCHES / n))
     batch = batch_of([patch for _, drawn in steps for patch in drawn][:N_PATCHES], device="cpu")

@@ -40,7 +40,8 @@ def picture(image: Image, result: Result, *, truth: Labels | None = None) -> byt
         if isinstance(each, Prediction):
             panels.append(_of_prediction(array, region))
         else:
-            panels.append(_over(grey, np.asarray(array[region.slices]).reshape(grey.shape[:2]), each))
+            plane = np.asarray(array[region.slices]).reshape(grey.shape[:2])
+            panels.append(_over(grey, plane, _values(each, plane, result)))
     gap = np.full((grey.shape[0], _GAP, 3), 255, dtype=np.uint8)
     strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     enlarged = max(1, _LARGEST // max(grey.shape))
@@ -79,12 +80,22 @@ def _shown(voxels: NDArray[np.float64], ranges: list[tuple[float, float]]) -> ND
     return np.stack(shown, axis=-1).astype(np.uint8)
 
 
-def _over(grey: NDArray[np.uint8], plane: NDArray[Any], labels: Labels) -> NDArray[np.uint8]:
-    """Return the picture with each label but the lowest in its colour."""
-    values = labels.class_values if not labels.classes else tuple(range(len(labels.classes)))
-    order = {v: i for i, v in enumerate(values or np.unique(plane).tolist())}
+def _values(labels: Labels, plane: NDArray[Any], result: Result) -> tuple[int, ...]:
+    """Return the values of the labels in the order of their classes: a truth has the result's colours.
+
+    A truth has them by the values that the model learned from, or by their order, as ``evaluate`` has it.
+    """
+    there = tuple(map(int, np.unique(plane).tolist()))
+    if labels.classes or not isinstance(result, Labels):
+        return tuple(range(len(labels.classes))) or there
+    indices = tuple(range(len(result.classes)))
+    return next((known for known in (result.class_values, indices) if set(there) <= set(known)), there)
+
+
+def _over(grey: NDArray[np.uint8], plane: NDArray[Any], values: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return the picture with each label but the first in its colour."""
     out = grey.astype(np.float64)
-    for value, position in order.items():
+    for position, value in enumerate(values):
         if position:
             where = plane == value
             out[where] = (1 - _OPACITY) * out[where] + _OPACITY * np.array(colour_of(position))

@@ -17,7 +17,7 @@ from pipeline.compute.retries import Retries, RetriesWatch
 from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks, run_serial
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import Scheme
-from pipeline.errors import QuarantineError
+from pipeline.errors import QuarantineError, StoreError
 from pipeline.identity import identity
 from pipeline.ingest import ingest, measure
 from pipeline.plan import USUAL, Plan, check_fit, given_tile
@@ -184,6 +184,7 @@ def as_image(
     if read_image(Location(path)) is not None:
         return path
     check_name(name)
+    _check_outside_images(path)
     network, scan = load_model(model), open_scan(path)
     spatial = [d for d in scan.dims if d != "c"]
     check_fit(network, n_spatial=len(spatial), n_channels=scan.sizes.get("c", 1), path=model)
@@ -198,6 +199,17 @@ def as_image(
             measure(there, run=run, watch=watch)
         return str(beside)
     return str(ingest(path, str(beside), run=run, watch=watch).location)
+
+
+def _check_outside_images(path: str) -> None:
+    """Refuse what lies in an image, its labels or a level of it: an image made of that would lie in there as well."""
+    above = Location(path.partition("::")[0]).absolute()
+    for _ in ("0", "NAME", "labels"):
+        above = above.parent
+        if not above.is_local and above.parent.url.endswith(":/"):  # a bucket
+            return
+        if read_image(above) is not None:
+            raise StoreError(f"a scan must not lie in an image, got {path} in {above}; name the image instead")
 
 
 def image_of(path: str) -> str:

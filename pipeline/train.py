@@ -177,6 +177,7 @@ def command(args: Namespace, *, console: Console) -> dict[str, Any]:
     if args.preview:
         return preview(
             args.images, labels=args.labels, targets=args.target, recipe=recipe, seed=args.seed, path=args.preview,
+            held_out=args.held_out,
         ).to_json()  # fmt: skip
     minutes = args.minutes and args.minutes / args.members
     with to_be_written(args.model) as path, learning(console, n_steps=recipe.steps, minutes=minutes) as watch:

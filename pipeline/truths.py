@@ -172,7 +172,7 @@ def _occurrences(truths: list[Labels], *, recipe: Recipe) -> tuple[tuple[int, ..
         for block in BlockGrid(shape, truth.layout.shard):
             voxels = np.asarray(array[block.core.slices])
             known = voxels if recipe.ignore is None else voxels[voxels != recipe.ignore]
-            found = np.unique(known != 0 if recipe.instances else known).astype(int).tolist()
+            found = list(map(int, np.unique(known != 0 if recipe.instances else known).tolist()))  # of uint64 too
             values.update(found)
             if len(values) > LARGEST_CLASS:
                 raise ArgumentError(
@@ -195,4 +195,4 @@ def _occurrences(truths: list[Labels], *, recipe: Recipe) -> tuple[tuple[int, ..
 
 def _class_name(truth: Labels, value: int) -> str:
     """Return what the labels call a value, where they were made by a model; else the value itself."""
-    return truth.classes[value] if value < len(truth.classes) else f"class {value}"
+    return truth.classes[value] if 0 <= value < len(truth.classes) else f"class {value}"

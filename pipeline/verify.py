@@ -8,12 +8,13 @@ from pipeline.certificate import Certificate, ValueCertificate
 from pipeline.compute.runner import BlockRecord, RunBlocks
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.config import EngineName, Precision, Scheme, Tta
-from pipeline.errors import BudgetError, ModelError, RunError
+from pipeline.errors import ArgumentError, BudgetError, ModelError, RunError
 from pipeline.plan import Plan, plan_segment
 from pipeline.store.location import Location
 from pipeline.store.results import open_result
 from pipeline.unet.cost import tile_multiply_adds
 from pipeline.unet.memory import choose_tile, other_networks_bytes
+from pipeline.unet.model import load_model
 from pipeline.works.certify import TOLERANCE, Certified, CertifiedValues, CertifyBoxes, sample_boxes
 
 log = logging.getLogger("haloseg")
@@ -44,7 +45,8 @@ def plan_verify(image: str, *, name: str, model: str | None = None, scheme: Sche
 
     Raises
     ------
-    StoreError : there is no complete volume of this name, or it was made by another model.
+    StoreError : there is no complete volume of this name, or it was made of another image.
+    ModelError : it was made by another model, or by none.
     """
     result = open_result(Location(image), name)
     made = result.provenance or {}
@@ -56,7 +58,17 @@ def plan_verify(image: str, *, name: str, model: str | None = None, scheme: Sche
         engine=EngineName(made.get("engine", usual.taken)), precision=Precision(made.get("precision", usual.precision)),
         tta=Tta(made.get("tta", usual.tta)), device=usual.device, budget_bytes=usual.budget_bytes,
     )  # fmt: skip
+    made_by = made.get("model_sha256")
+    if model and made_by and (given := load_model(model).digest) != made_by:
+        raise ModelError(
+            f"a result must be verified with the model that made it, {_short(made_by)}, got {_short(given)} "
+            f"in {model}; give that one"
+        )
     return plan_segment(image, model=str(path), name=name, scheme=scheme)
+
+
+def _short(sha256: str) -> str:
+    return f"sha256 {sha256[:12]}..."
 
 
 def verified(
@@ -70,6 +82,8 @@ def verified(
     ----------
     n_boxes, seed : how many boxes, and which
     """
+    if seed < 0:
+        raise ArgumentError(f"seed must be at least 0, got {seed}; use 0")
     certificate = certify(plan, run=run, n_boxes=n_boxes, seed=seed, watch=watch)
     if certificate is None:
         raise BudgetError("verifying needs memory for the reference's smallest tile; raise --budget")

@@ -266,6 +266,8 @@ def test_folders_of_slices_are_scans_where_a_pattern_says_so_and_links_do_not_le
 def test_an_archive_and_its_model_must_be_there(home):
     with pytest.raises(ArgumentError, match=r"an archive must be a folder or prefix that exists, got .*nowhere"):
         survey(Archive(str(home / "nowhere"), str(home / "model.safetensors")))
+    with pytest.raises(ArgumentError, match=r"an archive must be a folder or prefix that exists, got .*model"):
+        survey(Archive(str(home / "model.safetensors"), str(home / "model.safetensors")))
     with pytest.raises(ModelError, match="a model must be a readable file"):
         survey(Archive(str(home / "scans"), str(home / "none.safetensors")))
 

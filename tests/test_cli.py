@@ -110,6 +110,9 @@ def test_plan_tells_what_segment_does_and_writes_nothing(tmp_path, image, capsys
     timed = printed(capsys, "plan", image, "--model", model, "--calibrate")
     assert timed["voxels_per_s"] == pytest.approx(20 * 40 * 50 / timed["seconds"])
     assert "seconds" not in printed(capsys, "plan", image, "--model", model, "--calibrate", "--engine", "reference")
+    for scheme, told in ((["--tile", "22"], True), ([], False)):
+        assert main(["plan", str(image), "--model", str(model), "--calibrate", *scheme]) == 0
+        assert ("no time is told: slabs of columns are timed" in capsys.readouterr().err) is told
     assert tree_digest(tmp_path) == before
 
 
@@ -175,7 +178,9 @@ def test_labels_that_are_none_are_refused(tmp_path, image, capsys):
     np.save(tmp_path / "small.npy", np.zeros((20, 40, 49), np.uint8))
     labels = ["ingest", "--labels-of", image, "--name", "x"]
     assert "must be integers" in fails(capsys, *labels, tmp_path / "float.npy")
-    assert "the image's shape" in fails(capsys, *labels, tmp_path / "small.npy")
+    assert fails(capsys, *labels, tmp_path / "small.npy").endswith("small.npy; pad or crop them")
+    np.save(tmp_path / "colours.npy", np.zeros((20, 40, 50, 3), np.uint8))
+    assert fails(capsys, *labels, tmp_path / "colours.npy").endswith("npy; save one value per voxel, without channels")
     assert "label name" in fails(capsys, "ingest", "--labels-of", image, "--name", "../x", tmp_path / "small.npy")
     assert tree_digest(image) == before
 
@@ -333,3 +338,32 @@ def test_a_stack_that_is_cut_off_is_refused_and_not_read_as_its_first_slice(tmp_
     (tmp_path / "cut.tif").write_bytes(content[: len(content) // 2])
     assert main(["info", str(tmp_path / "cut.tif")]) == 2
     assert "a scan must be whole and decodable, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["labels/x", "labels/x/0", "0", "labels"])
+def test_what_lies_in_an_image_is_no_scan_that_an_image_is_made_of_there(tmp_path, image, capsys, inside):
+    model = model_file(tmp_path / "model.safetensors")
+    printed(capsys, "segment", image, "--model", model, "--name", "x")
+    before = tree_digest(tmp_path)
+    told = fails(capsys, "segment", image / inside, "--model", model, "--name", "y")
+    assert told == f"haloseg: a scan must not lie in an image, got {image / inside} in {image}; name the image instead"
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_scan_that_has_changed_is_refused_with_what_to_do(tmp_path, scan, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    printed(capsys, "segment", scan, "--model", model, "--name", "x")
+    scan_file(scan, (20, 40, 50), seed=1)
+    told = fails(capsys, "segment", scan, "--model", model, "--name", "x")
+    assert "haloseg ingest SCAN IMAGE --overwrite" in told
+    printed(capsys, "ingest", scan, scan.with_suffix(".zarr"), "--overwrite")
+    assert printed(capsys, "segment", scan, "--model", model, "--name", "x")["blocks_run"] > 0
+
+
+def test_labels_that_somebody_has_drawn_are_not_to_be_deleted(tmp_path, image, capsys):
+    model = model_file(tmp_path / "model.safetensors")
+    np.save(tmp_path / "truth.npy", np.zeros((20, 40, 50), np.uint8))
+    printed(capsys, "ingest", "--labels-of", image, "--name", "truth", tmp_path / "truth.npy")
+    told = fails(capsys, "segment", image, "--model", model, "--name", "truth")
+    assert "must come from one run, got haloseg segment where those of haloseg ingest are" in told
+    assert told.endswith("; choose another name")

@@ -326,6 +326,10 @@ def test_the_commands_say_what_it_is(pair, tmp_path, capsys):
     learnt = ["train", noisy, "--target", clean, "--recipe", str(recipe)]
     assert told(*learnt, "--preview", str(tmp_path / "p.png"))["patches"] == 6
     assert imagecodecs.imread(tmp_path / "p.png").shape[0] == 12 * (2 * 16 + 4)
+    shutil.copytree(noisy, tmp_path / "other.zarr")
+    aside = ["--held-out", str(tmp_path / "other.zarr"), "--target", clean, clean, "--recipe", str(recipe)]
+    assert told("train", noisy, *aside, "--preview", str(tmp_path / "q.png"))["patches"] == 6
+    assert (tmp_path / "q.png").read_bytes() != (tmp_path / "p.png").read_bytes()  # of all of the image
     assert told(*learnt, "--device", "cpu", "--model", model)["validation_psnr_db"] < 60
     assert told("inspect", model)["makes"] == "a prediction"
     assert told("plan", noisy, "--model", model)["makes"] == "a prediction of 1 channels, float32"

@@ -84,6 +84,9 @@ def test_volumes_take_three_sizes_and_their_slices_two(tmp_path):
         untold = [image_of(tmp_path, f"u{len(size)}", voxels, labels)] if len(size) == 3 else []
         with pytest.raises(ArgumentError, match=message):
             open_lesson([*images, *untold], labels="truth", recipe=replace(small, voxel_size_um=size))
+    for size in ((20.0,) * 3, (0.02, 0.02, 2e-5)):
+        with pytest.raises(ArgumentError, match=r"at most 64 times the images' or a 64th, got .*; give micrometres"):
+            open_lesson(images, labels="truth", recipe=replace(small, voxel_size_um=size))
 
 
 def test_borders_between_instances_are_as_wide_for_every_voxel_size(tmp_path):

@@ -408,6 +408,27 @@ def test_instances_teach_their_inside_and_the_gaps_between(shape, dims, tmp_path
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
 
 
+VALUES = {"int8": (-5, 0), "int16": (-3, -2), "uint32": (1, 2**32 - 1), "uint64": (0, 2**63 + 5), "int64": (-99, 7)}
+
+
+@pytest.mark.parametrize("dtype", VALUES)
+def test_classes_are_learnt_alike_whatever_their_values(tmp_path, dtype):
+    voxels, labels = textures((64, 96), values=(0, 1))
+    image = image_of(tmp_path, "a", voxels, labels)
+    np.save(tmp_path / "other.npy", np.array(VALUES[dtype], dtype)[labels])
+    ingest_labels(str(tmp_path / "other.npy"), image=image, name="other")
+    recipe = replace(RECIPE, steps=2, validate_every=1, foreground_share=0.5)
+    usual, other = (
+        train([image], labels=name, model=str(tmp_path / f"{name}.safetensors"), recipe=recipe)
+        for name in ("truth", "other")
+    )
+    assert other.model.class_values == VALUES[dtype]
+    assert other.model.classes == tuple(f"class {value}" for value in VALUES[dtype])
+    assert load_model(other.path).class_values == VALUES[dtype]
+    assert (other.best.loss, other.best.dice) == (usual.best.loss, usual.best.dice)
+    assert all(torch.equal(weight, other.model.weights[key]) for key, weight in usual.model.weights.items())
+
+
 def test_an_ignored_value_is_no_class(tmp_path):
     voxels, labels = textures((64, 96))
     labels[:, 40:60] = 9
@@ -458,3 +479,11 @@ def test_a_preview_that_cannot_be_written_is_refused(slide, tmp_path, capsys):
     assert "a preview must be a file that can be written" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main([*arguments, "--model", "m"])
+    truth = tmp_path / "truth.tif"
+    truth.write_bytes(b"drawn by hand")
+    assert cli.main(["train", slide, "--labels", "truth", "--preview", str(truth)]) == 2
+    assert f"a preview must be a .png, got {truth}" in capsys.readouterr().err
+    assert truth.read_bytes() == b"drawn by hand"
+    negative = ["--preview", str(tmp_path / "p.png"), "--seed", "-1"]
+    assert cli.main(["train", slide, "--labels", "truth", *negative]) == 2
+    assert "seed must be at least 0, got -1; use 0" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Certificates: of right labels they say so, of wrong ones too, and of lower precision its difference."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -142,3 +143,41 @@ def test_the_command_prints_the_certificate_and_refuses_what_it_cannot_verify(tm
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         verify(image, name="x", run=run_serial)
     assert verify(image, name="x", model=str(tmp_path / "moved.safetensors"), run=run_serial).n_flipped_decided == 0
+
+
+def test_the_command_fails_where_labels_are_not_those_of_the_network(tmp_path, capsys):
+    shape, settings = CASES["2-D valid"]
+    _, image, model, _ = segmented(tmp_path, shape, settings)
+    command = ["verify", image, "--name", "x", "--json"]
+    assert (main(command), json.loads(capsys.readouterr().out)["verified"]) == (0, True)
+    labels = open_labels(f"{image}/labels/x")
+    wrong, at = 1 - labels.array[:], Location(image) / "labels" / "x" / "0"
+    for block in plan_segment(image, model=model, name="x").grid:
+        write_shard(open_array(at), block.core, wrong[block.core.slices], location=at)
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert (found := json.loads(out))["verified"] is False
+    assert found["n_flipped_decided"] > 0
+    assert "float32 must differ" in err
+
+
+def test_lower_precision_is_measured_but_not_judged(tmp_path, capsys):
+    settings = UNetSettings(dims=2, width=8, depth=2, padding=Padding.SAME, batch_norm=True)
+    _, image, _, _ = segmented(tmp_path, (64, 80), settings, precision=Precision.BF16)
+    assert main(["verify", image, "--name", "x", "--boxes", "400", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_flipped_decided"] > 0
+    assert "verified" not in found
+
+
+def test_a_wrong_model_and_a_negative_seed_are_refused_in_one_line(tmp_path, capsys):
+    shape, settings = CASES["2-D valid"]
+    _, image, _, _ = segmented(tmp_path, shape, settings)
+    other = model_file(tmp_path / "other.safetensors", settings, seed=7)
+    assert main(["verify", image, "--name", "x", "--model", other]) == 2
+    err = capsys.readouterr().err
+    assert "a result must be verified with the model that made it, sha256" in err
+    assert f"in {other}; give that one" in err
+    assert "delete" not in err
+    assert main(["verify", image, "--name", "x", "--seed", "-5"]) == 2
+    assert "seed must be at least 0, got -5; use 0" in capsys.readouterr().err

@@ -57,8 +57,10 @@ def is_tiff(path: str) -> bool:
 
 
 def is_picture(path: str) -> bool:
-    """Whether this is a PNG or JPEG file."""
-    return _start(path).startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    """Whether this is a PNG or JPEG file, or an empty one that calls itself one: a copy that has just begun."""
+    if start := _start(path):
+        return start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    return Path(path).suffix.lower() in {".png", ".jpg", ".jpeg"} and not is_remote(path) and Path(path).is_file()
 
 
 def is_hdf5(path: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, isqrt, prod
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _LARGE_CHUNK = {2: 512, 3: 64}
 # (voxels of the volume below which it holds, voxels along a shard's axis), for 2 and 3 spatial axes
 _SHARD = {2: ((2**24, 512), (2**63, 2048)), 3: ((2**27, 128), (2**63, 256))}
 _GRAIN = 16
+_LARGEST_CHUNK = 2**28  # voxels; a chunk is whole in memory, also where the volume fills but a corner of it
+_MOST_CHUNKS = 2**20  # of a shard, whose index holds 16 bytes for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,12 @@ class Layout:
 def plan_layout(
     shape: tuple[int, ...], *, chunk: tuple[int, ...] | None = None, shard: tuple[int, ...] | None = None
 ) -> Layout:
-    """Return chunks and shards for a volume; what is not given follows from the shape alone, never from the machine."""
+    """Return chunks and shards for a volume; what is not given follows from the shape alone, never from the machine.
+
+    Raises
+    ------
+    ArgumentError : a chunk would be too large for memory, a shard would have too many, or is no multiple of a chunk.
+    """
     ndim = len(shape)
     side = next(side for limit, side in _SHARD[ndim] if prod(shape) < limit)
     usual = _CHUNK[ndim] if side <= 512 else _LARGE_CHUNK[ndim]
@@ -58,7 +65,21 @@ def plan_layout(
                       for s, n in zip(sides, shape, strict=True))
     if shard is None:
         shard = tuple(_round_up(min(side, n), c) for n, c in zip(shape, chunk, strict=True))
-    return Layout(chunk, shard)
+    layout = Layout(chunk, shard)
+    if prod(chunk) > _LARGEST_CHUNK:
+        raise ArgumentError(
+            f"a chunk must have at most {_LARGEST_CHUNK:,} voxels, got {_times(chunk)}; use one such as {usual}"
+        )
+    if (n := prod(shard) // prod(chunk)) > _MOST_CHUNKS:
+        raise ArgumentError(
+            f"a shard must have at most {_MOST_CHUNKS:,} chunks, got {_times(shard)} with {n:,} of {_times(chunk)}; "
+            "use a smaller shard or larger chunks"
+        )
+    return layout
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _round_up(n: int, step: int) -> int:
@@ -67,7 +88,8 @@ def _round_up(n: int, step: int) -> int:
 
 def _nearest_divisor(n: int, size: int) -> int:
     """Return the divisor of ``n`` nearest to ``size`` in ratio: 64 of 192, but 97 of 97, where 1 would be useless."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: max(d / size, size / d))
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return min(sorted({*small, *(n // d for d in small)}), key=lambda d: max(d / size, size / d))
 
 
 def create_group(location: Location, attributes: dict[str, Any]) -> None:

@@ -106,6 +106,12 @@ def check_same_run(labels: Labels) -> None:
     there = read_labels(labels.location)
     if there is None:
         return
+    was, now = ((each.provenance or {}).get("made_by") for each in (there, labels))
+    if was and now and was != now:
+        raise StoreError(
+            f"labels {labels.location.name} must come from one run, got {now} where those of {was} are, in "
+            f"{labels.location}; choose another name"
+        )
     check_same_fingerprint(there.fingerprint, labels.fingerprint, what="labels", location=labels.location)
 
 

@@ -16,6 +16,8 @@ from pipeline.scans.lazy import LazyScan, damaged
 from pipeline.store.location import Location
 from pipeline.store.ngff import find_multiscales, spatial_scale_um
 
+_NAMED = 10
+
 
 @dataclass(slots=True)
 class ZarrSource:
@@ -82,10 +84,13 @@ def open_zarr(path: str) -> LazyScan:
 
 
 def _only_array(group: zarr.Group, path: str) -> str:
-    names = [name for name, _ in group.arrays()]
+    names = sorted(name for name, _ in group.arrays())
     if len(names) != 1:
-        raise ScanError(f"a Zarr group must hold one array, got {names or 'none'} in {path}; give PATH/NAME")
-    return str(names[0])
+        there = names or sorted(name for name, _ in group.groups())
+        named = ", ".join(f"{path.rstrip('/')}/{name}" for name in there[:_NAMED]) or "an array or an OME-Zarr"
+        got = f"{len(names)}" if names else "none but groups" if there else "none"
+        raise ScanError(f"a Zarr group must hold one array, got {got} in {path}; give {named}")
+    return names[0]
 
 
 def _plain(source: ZarrSource, *, path: str) -> LazyScan:

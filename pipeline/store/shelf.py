@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.lease import held
@@ -17,6 +18,7 @@ from pipeline.store.location import Location
 
 VARIABLE = "HALOSEG_MODELS"
 ENDING = ".safetensors"
+_LENGTH = 8  # bytes of a .safetensors file that tell how long the JSON object is which follows
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)(?:@(\d+))?")
 
 
@@ -33,9 +35,9 @@ def model_path(model: str) -> str:
     if not (there := _versions(name)):
         known = ", ".join(_names()) or "none"
         raise ModelError(f"a model must be a file or a name in {_root()} ({known}), got {model}; check it")
-    if version and version not in there:
+    if version is not None and version not in there:
         raise ModelError(f"versions of {name} in {_root()} are {', '.join(map(str, there))}, got {model}; choose one")
-    return str(_root() / name / f"{version or there[-1]}{ENDING}")
+    return str(_root() / name / f"{there[-1] if version is None else version}{ENDING}")
 
 
 def called(path: str) -> str:
@@ -51,10 +53,11 @@ def to_be_written(model: str) -> Iterator[str]:
 
     Raises
     ------
-    ArgumentError : the name has a version.
+    ArgumentError : the name has a version, or a folder or a file of another kind lies at the path.
     TakenError : another run is making a model of this name.
     """
     if (named := _named(model)) is None:
+        _check_replaceable(model)
         yield model
         return
     name, version = named
@@ -63,6 +66,18 @@ def to_be_written(model: str) -> Iterator[str]:
     with held((_root() / name).absolute(), what="a model"):
         there = _versions(name)
         yield str(_root() / name / f"{there[-1] + 1 if there else 1}{ENDING}")
+
+
+def _check_replaceable(model: str) -> None:
+    """Refuse to write a model over a folder or file of a disk that is none: a scan, say, whose path was mistyped."""
+    if not (location := Location(model)).is_local or not (path := Path(location.url)).exists():
+        return
+    if path.is_dir():
+        raise ArgumentError(f"a model must be a file, got the folder {path}; name a file, such as cells{ENDING}")
+    with path.open("rb") as file:
+        begin = file.read(_LENGTH + 1)
+    if begin and begin[_LENGTH:] != b"{":
+        raise ArgumentError(f"a model must not replace a file of another kind, got {path}; name a new file")
 
 
 def _named(model: str) -> tuple[str, int | None] | None:

@@ -265,3 +265,10 @@ def test_an_empty_slice_file_is_named(folder):
     Path(path / "s5.png").write_bytes(b"")
     with pytest.raises(ScanError, match=r"s5\.png"):
         open_scan(path)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.JPEG", "x.tif", "x.npy", "x.h5"])
+def test_an_empty_file_is_damaged_and_not_of_another_kind(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ScanError, match=r"a scan must be whole and decodable, got .*; copy or export it again"):
+        open_scan(tmp_path / name)

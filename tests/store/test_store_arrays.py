@@ -114,3 +114,23 @@ def test_voxels_read_the_fast_way_are_those_that_zarr_reads(tmp_path_factory, dt
     ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     box = tuple(slice(a, b) for a, b in ends)
     np.testing.assert_array_equal(fast[box], written[box])
+
+
+@pytest.mark.parametrize(
+    ("asked", "rule"),
+    [
+        ({"chunk": (6400,) * 3}, "a chunk must have at most 268,435,456 voxels, got 6400 x 6400 x 6400; use one such"),
+        ({"shard": (10**9,) * 3, "chunk": (64,) * 3}, r"at most 1,048,576 chunks, got 10{9} x .* of 64 x"),
+        ({"shard": (10**9,) * 3}, r"a shard must have at most 1,048,576 chunks, got 10{9} x"),
+        ({"shard": (1009,) * 3}, "a chunk must have at most 268,435,456 voxels, got 1009 x 1009 x 1009"),
+    ],
+    ids=["chunk", "chunks", "shard alone", "prime shard"],
+)  # fmt: skip
+def test_chunks_and_shards_that_no_memory_holds_are_refused_at_once(asked, rule):
+    with pytest.raises(ArgumentError, match=rule):
+        plan_layout((5, 6, 7), **asked)
+
+
+@pytest.mark.parametrize(("shard", "chunk"), [(192, 64), (97, 97), (640, 64), (128, 64), (1, 1), (60, 60), (6400, 64)])
+def test_a_shard_alone_is_cut_into_chunks_nearest_to_the_usual_ones(shard, chunk):
+    assert plan_layout((5, 6, 7), shard=(shard, 64, 64)).chunk == (chunk, 64, 64)

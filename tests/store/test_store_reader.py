@@ -66,6 +66,14 @@ def test_what_is_no_scan_is_one_line(tmp_path):
     zarr.create_group(tmp_path / "group.zarr")
     with pytest.raises(ScanError, match="must hold one array, got none"):
         open_scan(tmp_path / "group.zarr")
+    for series in ("0", "1", "OME"):  # as bioformats2raw lays them out
+        zarr.create_group(tmp_path / "group.zarr" / series)
+    with pytest.raises(ScanError, match=r"got none but groups in .*; give \S+zarr/0, \S+zarr/1, \S+zarr/OME$"):
+        open_scan(tmp_path / "group.zarr")
+    for name in ("raw", "more"):
+        zarr.create_array(tmp_path / "group.zarr" / name, shape=(3, 4), dtype="u1")
+    with pytest.raises(ScanError, match=r"got 2 in .*; give \S+zarr/more, \S+zarr/raw$"):
+        open_scan(tmp_path / "group.zarr")
 
 
 def test_a_real_ome_zarr(data):

@@ -1,6 +1,10 @@
 """Models by name: the newest or the version that is asked for, and never one written over."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.errors import ArgumentError, ModelError, TakenError
 from pipeline.store.location import Location
@@ -59,3 +63,25 @@ def test_what_is_not_there_is_said_with_what_is(shelf):
         "cells@2"
     ):
         pass
+    with pytest.raises(ModelError, match=r"versions of cells in .*shelf are 1, got cells@0; choose one"):
+        model_path("cells@0")
+
+
+@pytest.mark.parametrize("name", ["scan.npy", "./truth", "scan.safetensors"])
+def test_a_model_replaces_a_model_and_no_other_file_or_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    np.save("scan.npy", np.arange(99))
+    Path("truth").write_bytes(b"what somebody has drawn by hand")
+    Path("scan.safetensors").write_bytes(Path("scan.npy").read_bytes())
+    before = Path(name).read_bytes()
+    with pytest.raises(ArgumentError, match="must not replace a file of another kind"), to_be_written(name) as path:
+        write(path)
+    assert Path(name).read_bytes() == before
+    for kind in ("./other", "other.safetensors"):
+        for weights in (np.zeros(3, np.float32), np.ones(2, np.float32)):
+            with to_be_written(kind) as path:
+                save_file({"weight": weights}, path)
+    Path("scan.zarr").mkdir()
+    for folder in (".", "scan.zarr", "scan.zarr/"):
+        with pytest.raises(ArgumentError, match="a model must be a file, got the folder"), to_be_written(folder):
+            pass
