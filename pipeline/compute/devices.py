@@ -35,13 +35,13 @@ def device_of(client: Client) -> str:
 
     Raises
     ------
-    ClusterError : all are mute.
+    ClusterError : none answers: all are mute, or gone.
     """
     every: Mapping[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     claimed = gpu_workers(every)
     answers = ask(client, _device, workers=claimed or frozenset(every), timeout_s=DEVICE_TIMEOUT_S)
-    if answers.mute and not answers.told:
-        raise ClusterError(f"no answer of {len(answers.mute)} within {DEVICE_TIMEOUT_S:g} s")
+    if not answers.told:
+        raise ClusterError(f"no answer of {len(answers.mute) or 'any'} within {DEVICE_TIMEOUT_S:g} s")
     warn_of_mute(answers.mute, what="the others tell what all compute on", timeout_s=DEVICE_TIMEOUT_S)
     asked, n_gpus = answers.told, sum(each == "cuda" for each in answers.told.values())
     if n_gpus == len(asked) > 0:
