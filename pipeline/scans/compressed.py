@@ -18,7 +18,7 @@ from pipeline.scans.lazy import damaged
 from pipeline.scans.scratch import Pieces
 
 _PIECE_BYTES = 16 << 20
-_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {"gzip": gzip.open, "bzip2": bz2.open}  # type: ignore[dict-item]
+_OPENERS: dict[str, Callable[..., IO[bytes]]] = {"gzip": gzip.open, "bzip2": bz2.open}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,22 @@ class CompressedSource:
         return np.array(voxels[slices])
 
     def _whole(self) -> NDArray[Any]:
-        return np.concatenate([*self._pieces()]).view(self.dtype).reshape(self.shape)
+        voxels, at = np.empty(self.shape, self.dtype), 0
+        flat = voxels.reshape(-1).view(np.uint8)
+        for piece in self._pieces():
+            flat[at : at + len(piece)] = piece
+            at += len(piece)
+        return voxels
 
     def _pieces(self) -> Iterable[NDArray[Any]]:
-        """Yield the bytes of the voxels."""
+        """Yield the bytes of the voxels; the stream is read to its end, where its checksum is."""
         left = self.dtype.itemsize * prod(self.shape)
         for piece in self._unpacked():
-            yield np.frombuffer(piece[:left], np.uint8)
+            if left:
+                yield np.frombuffer(piece[:left], np.uint8)
             left -= min(left, len(piece))
-            if not left:
-                return
-        raise damaged(self.path, cause=f"{left} bytes of its voxels are missing")
+        if left:
+            raise damaged(self.path, cause=f"{left} bytes of its voxels are missing")
 
     def _unpacked(self) -> Iterator[bytes]:
         with Path(self.path).open("rb") as packed:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.errors import ScanError
 from pipeline.scans.axes import arrange
-from pipeline.scans.lazy import LazyScan
+from pipeline.scans.lazy import LazyScan, damaged
 from pipeline.scans.mapped import MappedSource
 
 try:
@@ -41,6 +41,8 @@ def open_mrc(path: str, /) -> LazyScan:
     if dtype.kind == "i" and dtype.itemsize == 1 and stamp == _IMOD and not flags & _SIGNED:
         dtype = np.dtype(np.uint8)
     shape = tuple(int(header[name]) for name in ("nz", "ny", "nx"))
+    if min(shape) < 1:
+        raise damaged(path, cause=f"its sizes must be above 0, got {shape}")
     order = [int(header[name]) for name in ("maps", "mapr", "mapc")]
     axes = "".join(" XYZ"[axis] for axis in order) if sorted(order) == [1, 2, 3] else "ZYX"
     source = MappedSource(path, dtype, shape, _HEADER_BYTES + int(header.nsymbt))

@@ -5,6 +5,8 @@ Where the file tells no orientation its voxels count as nibabel reads them: alon
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ except ImportError as missing:
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_GZIP, _NIFTI_2 = b"\x1f\x8b", (540).to_bytes(4, "little")
 _COLOURS = {"RGB": 3, "RGBA": 4}
 
 
@@ -34,9 +37,8 @@ def open_nifti(path: str, /) -> LazyScan:
     ------
     ScanError : it has several time points, or numbers that are no intensities.
     """
-    volume: Any = nibabel.load(path)
-    header = volume.header
-    dtype, shape = header.get_data_dtype(), tuple(map(int, volume.shape))
+    header, is_packed = _header(path)
+    dtype, shape = header.get_data_dtype(), tuple(map(int, header.get_data_shape()))
     axes = "***TCQQ"[: len(shape)]
     if len(shape) < 3:
         shape, axes = (*shape, *(1,) * (3 - len(shape))), "***"
@@ -45,18 +47,24 @@ def open_nifti(path: str, /) -> LazyScan:
         dtype, stored, axes = np.dtype(np.uint8), (*stored, n_colours), axes + "S"
     if dtype.kind not in "biuf":
         raise ScanError(f"voxels must be integers or floats, got {dtype} in {path}; save one part of them")
-    offset = int(volume.dataobj.offset)
-    source: VoxelSource = MappedSource(path, dtype, stored, offset) if not _is_gzipped(path) else CompressedSource(
+    offset = int(header.get_data_offset())
+    source: VoxelSource = MappedSource(path, dtype, stored, offset) if not is_packed else CompressedSource(
         path, "gzip", dtype, stored, 0, offset, stamp_of(path)
     )  # fmt: skip
-    steps = (_RAS_TO_LPS @ volume.affine[:3, :3]).T[::-1] * _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
-    slope, intercept = float(volume.dataobj.slope), float(volume.dataobj.inter)
-    meant = scaled_dtype(dtype, slope, intercept)
-    if (slope, intercept) != (1.0, 0.0):
-        source = ScaledSource(source, slope, intercept, meant)
+    steps = (_RAS_TO_LPS @ header.get_best_affine()[:3, :3]).T[::-1] * _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    told = header.get_slope_inter()
+    if None not in told and told != (1.0, 0.0):
+        slope, intercept = map(float, told)
+        source = ScaledSource(source, slope, intercept, scaled_dtype(dtype, slope, intercept))
     return in_body(source, steps, axes=axes, path=path, format_name="NIfTI")
 
 
-def _is_gzipped(path: str) -> bool:
-    with open(path, "rb") as file:  # noqa: PTH123 beside nibabel, which takes names
-        return file.read(2) == b"\x1f\x8b"
+def _header(path: str) -> tuple[Any, bool]:
+    """Return the header of a file, whatever it is called, and whether it is gzipped."""
+    with Path(path).open("rb") as file:
+        is_packed = file.read(2) == _GZIP
+    with gzip.open(path) if is_packed else Path(path).open("rb") as file:
+        size = file.read(4)
+        file.seek(0)
+        kind: Any = nibabel.Nifti2Header if _NIFTI_2 in (size, size[::-1]) else nibabel.Nifti1Header
+        return kind.from_fileobj(file), is_packed

@@ -1,7 +1,8 @@
-"""NRRD volumes, ``.nrrd`` or a ``.nhdr`` beside its data: raw, gzip or bzip2.
+"""NRRD volumes in one file, ``.nrrd``: raw, gzip or bzip2.
 
 Axes are as ``anatomy`` has them where the file names a space of the patient ("left-posterior-superior", "RAS"); else
-the three of space count as x, y, z in their order. A fourth axis is the channels, or time.
+the three of space count as x, y, z in their order. A fourth axis is the channels, or time. Without units lengths are
+millimetres.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ _PACKED: dict[str, Literal["gzip", "bzip2"]] = {"gzip": "gzip", "gz": "gzip", "b
 _TOWARDS = {"right": (-1, 0), "left": (1, 0), "anterior": (-1, 1), "posterior": (1, 1), "superior": (1, 2),
             "inferior": (-1, 2)}  # fmt: skip
 _SHORT = {name[0]: name for name in _TOWARDS}
+_MM_PER_UNIT = {
+    "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0,
+    "um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "micron": 1e-3, "microns": 1e-3, "micrometer": 1e-3, "micrometers": 1e-3,
+    "nm": 1e-6, "nanometer": 1e-6, "nanometers": 1e-6, "": 1.0, "???": 1.0, "none": 1.0, "pixel": 1.0,
+}  # fmt: skip
 _SPATIAL = {"domain", "space", "???", "none"}
 _CHANNELS = {"list", "vector", "point", "covariant-vector", "RGB-color", "RGBA-color", "2-vector", "3-vector",
              "3-color", "4-color", "4-vector"}  # fmt: skip
@@ -56,7 +62,7 @@ def open_nrrd(path: str, /) -> LazyScan:
         return in_body(source, steps[spatial] @ directions, axes=axes, path=path, format_name="NRRD")
     named = iter(f"{'Q' * len(axes)}ZYX"[-axes.count("*") :])
     letters = "".join(next(named) if letter == "*" else letter for letter in axes)
-    size = _sizes(header, spatial, steps)
+    size = _sizes(header, spatial, steps, path=path)
     return arrange(source, axes=letters, path=path, format_name="NRRD", voxel_size_um=size)
 
 
@@ -64,9 +70,7 @@ def _source(path: str, header: Mapping[str, Any], begin: int, shape: tuple[int, 
     """Return the voxels as the file has them, in C order."""
     name, encoding = header.get("data file", header.get("datafile")), str(header["encoding"])
     if name is not None:
-        if str(name).startswith("LIST") or "%" in str(name):
-            raise ScanError(f"an NRRD scan must be in one file, got {name} in {path}; save it as one .nrrd")
-        path, begin = str(Path(path).parent / str(name)), 0
+        raise ScanError(f"an NRRD scan must be in one file, got its data in {name} for {path}; save it as one .nrrd")
     if header.get("line skip", header.get("lineskip", 0)) or header.get("byte skip", header.get("byteskip", 0)):
         raise ScanError(f"an NRRD scan must begin with its voxels, got lines or bytes to skip in {path}; save it anew")
     kind = str(nrrd.reader._TYPEMAP_NRRD2NUMPY.get(header["type"], ""))  # its only table of types
@@ -81,7 +85,7 @@ def _source(path: str, header: Mapping[str, Any], begin: int, shape: tuple[int, 
 
 
 def _steps(header: Mapping[str, Any], n_axes: int, *, path: str) -> NDArray[np.float64] | None:
-    """Return for each axis in C order the way to the next voxel, NaN where it is not in space; None if none is told."""
+    """Return for each axis in C order the way to the next voxel, mm, NaN where it is not in space; None if untold."""
     told = header.get("space directions")
     if told is None:
         return None
@@ -89,7 +93,7 @@ def _steps(header: Mapping[str, Any], n_axes: int, *, path: str) -> NDArray[np.f
     rows = [np.full(n_space, np.nan) if each is None else np.asarray(each, np.float64) for each in reversed(list(told))]
     if len(rows) != n_axes:
         raise damaged(path, cause=f"it tells {len(rows)} directions of {n_axes} axes")
-    return np.stack(rows)
+    return _mm(header, "space units", path=path) * np.stack(rows)
 
 
 def _kinds(header: Mapping[str, Any], n_axes: int) -> list[str]:
@@ -116,14 +120,30 @@ def _space(header: Mapping[str, Any]) -> NDArray[np.float64] | None:
     return matrix if np.linalg.det(matrix) else None
 
 
+def _mm(header: Mapping[str, Any], field: str, *, path: str) -> NDArray[np.float64] | float:
+    """Return millimetres per unit of space, or of each axis in C order; without units they count as millimetres."""
+    told = header.get(field)
+    if told is None:
+        return 1.0
+    units = [str(unit).strip().lower() for unit in reversed(list(told))]
+    if field == "space units" and len(set(units)) > 1:
+        raise ScanError(f"an NRRD scan must have one unit of space, got {', '.join(units)} in {path}; save it anew")
+    if unknown := [unit for unit in units if unit not in _MM_PER_UNIT]:
+        known = ", ".join(filter(None, _MM_PER_UNIT))
+        raise ScanError(f"a unit must be one of {known}, got {unknown[0]} in {path}; mend it")
+    each = np.array([_MM_PER_UNIT[unit] for unit in units])
+    return float(each[0]) if field == "space units" else each
+
+
 def _sizes(
-    header: Mapping[str, Any], spatial: list[bool], steps: NDArray[np.float64] | None
+    header: Mapping[str, Any], spatial: list[bool], steps: NDArray[np.float64] | None, *, path: str
 ) -> dict[str, float]:
-    """Return micrometres along z, y, x, as far as they are told; without units they count as millimetres."""
+    """Return micrometres along z, y, x, as far as they are told."""
     if steps is not None:
         lengths = [length_of(step) for step, each in zip(steps, spatial, strict=True) if each]
     else:
-        told = list(reversed(list(header.get("spacings", ()))))
-        lengths = [float(n) for n, each in zip(told, spatial, strict=False) if each]
+        told = np.array(list(reversed(list(header.get("spacings", ())))), np.float64)
+        told = told * _mm(header, "units", path=path) if len(told) else told
+        lengths = [float(f"{n:.6g}") for n, each in zip(told, spatial, strict=False) if each]
     named = "zyx"[-len(lengths) :] if len(lengths) in (2, 3) else ""
     return {axis: UM_PER_MM * n for axis, n in zip(named, lengths, strict=False)}
