@@ -3,9 +3,13 @@
 import itertools
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from pipeline.errors import ScanError
+from pipeline.scans.backend import open_scan
 
 VOXELS = np.random.default_rng(0).integers(0, 4000, (7, 6, 5), dtype=np.int16)  # along z, y, x: head, back, left
 SIZE_MM = (2.5, 0.75, 0.5)
@@ -61,3 +65,20 @@ def write_pixels(data, pixels):
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
     data.PixelRepresentation = int(pixels.dtype.kind == "i")
     data.PixelData = np.ascontiguousarray(pixels).tobytes()
+
+
+def series(folder, *, each=lambda _index, _data: None, voxels=VOXELS, **more):
+    """Write the body's slices, each changed by a function of its index and data set, and return the folder."""
+    turned, steps = stored((0, 1, 2), (1, 1, 1), voxels=voxels)
+    write_dicom(folder, turned, steps, **more)
+    for file in folder.iterdir():
+        data = pydicom.dcmread(file)
+        each(round((data.ImagePositionPatient[2] - 10) / SIZE_MM[0]), data)
+        data.save_as(file)
+    return folder
+
+
+def refused(path, match):
+    with pytest.raises(ScanError, match=match) as caught:
+        np.asarray(open_scan(path))
+    assert "\n" not in str(caught.value)
