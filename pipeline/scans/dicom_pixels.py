@@ -1,6 +1,6 @@
 """What pydicom reads of a DICOM file: its header, and the numbers of a frame, with imagecodecs where it has no decoder.
 
-Lossless JPEG and JPEG-LS, which most compressed CT is in, need other packages in pydicom; imagecodecs is here already.
+Lossless JPEG, JPEG-LS and JPEG of 12 bit need other packages in pydicom; imagecodecs is here already.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _DECODERS = {
     uid.JPEGLosslessSV1: imagecodecs.ljpeg_decode,
     uid.JPEGLSLossless: imagecodecs.jpegls_decode,
     uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
+    uid.JPEGExtended12Bit: imagecodecs.jpeg8_decode,
 }
 DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, ("imagecodecs",))  # asked for by pydicom, as is is_available
 

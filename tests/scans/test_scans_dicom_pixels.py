@@ -8,10 +8,12 @@ import numpy as np
 import pydicom
 import pytest
 from bodies import VOXELS, refused, same, series, stored, write_dicom
+from pydicom.data import get_testdata_file
 from pydicom.uid import (
     MPEG2MPML,
     DeflatedExplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -105,3 +107,22 @@ def test_deflated_slices_are_read_and_other_syntaxes_named(tmp_path):
         data.file_meta.TransferSyntaxUID = MPEG2MPML
 
     refused(series(tmp_path / "film", each=film), r"syntax that can be decoded, got MPEG2 Main.* in .*; decompress it")
+
+
+def test_files_of_others_in_jpeg_ls_are_their_plain_ones():
+    plain, packed = (get_testdata_file(f"MR_small{name}.dcm", download=False) for name in ("", "_jpeg_ls_lossless"))
+    np.testing.assert_array_equal(open_scan(packed), open_scan(plain))
+
+
+def test_jpeg_of_twelve_bit_is_near_the_plain_file(tmp_path):
+    y, x = np.mgrid[:64, :48]
+    smooth = np.stack([(y * 40 + x * 20 + 50 * z) for z in range(3)]).astype(np.uint16)
+
+    def compress(_index, data):
+        encoded = imagecodecs.jpeg8_encode(data.pixel_array, level=98, bitspersample=12)
+        data.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+        data.PixelData = pydicom.encaps.encapsulate([encoded])
+        data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", True
+
+    scan = open_scan(series(tmp_path / "ct", each=compress, voxels=smooth, BitsStored=12, HighBit=11))
+    np.testing.assert_allclose(scan, smooth, atol=8)
