@@ -1,6 +1,7 @@
 """DICOM against pydicom and known bodies: voxels, places and intensities, and what is refused."""
 
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -10,6 +11,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
     generate_uid,
 )
 
@@ -45,7 +47,8 @@ def test_slices_that_differ_in_slope_are_floats(tmp_path):
     same(open_scan(folder), expected)
 
 
-def test_a_file_of_many_frames_is_the_series(tmp_path):
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEGLosslessSV1])
+def test_a_file_of_many_frames_is_the_series(tmp_path, syntax):
     data = Dataset()
     data.SOPClassUID, data.SOPInstanceUID = EnhancedCTImageStorage, generate_uid()
     order = RNG.permutation(len(VOXELS))
@@ -67,7 +70,11 @@ def test_a_file_of_many_frames_is_the_series(tmp_path):
         setattr(shared, sequence, [item])
     data.PerFrameFunctionalGroupsSequence, data.SharedFunctionalGroupsSequence = frames, [shared]
     data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = syntax
+    if syntax == JPEGLosslessSV1:
+        each = [imagecodecs.ljpeg_encode(pixels.view(np.uint16)) for pixels in VOXELS[order]]
+        data.PixelData = pydicom.encaps.encapsulate(each)
+        data["PixelData"].is_undefined_length = True
     data.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
     scan = open_scan(tmp_path / "enhanced.dcm")
     same(scan, VOXELS.astype(np.int32) - 100)
