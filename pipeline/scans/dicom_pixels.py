@@ -32,6 +32,8 @@ _DECODERS = {
     uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
     uid.JPEGExtended12Bit: imagecodecs.jpeg8_decode,
 }
+_END = b"\xff\xd9"
+_MARK, _FRAME_HEADERS = 0xFF, {0xC0, 0xC1, 0xC2, 0xC3, 0xF7}
 DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, ("imagecodecs",))  # asked for by pydicom, as is is_available
 
 
@@ -42,13 +44,29 @@ def is_available(syntax: str) -> bool:
 
 def decode_frame(encoded: bytes, runner: Any) -> bytearray:  # noqa: ANN401 pydicom's DecodeRunner
     """Return the numbers of a frame, which are all there; tells pydicom how they lie."""
+    if (shape := _shape(encoded)) != (runner.rows, runner.columns):
+        raise ValueError(f"its frame has shape {shape} instead of {(runner.rows, runner.columns)}")
+    is_jpeg_ls = runner.transfer_syntax in uid.JPEGLSTransferSyntaxes
+    if is_jpeg_ls and _END not in encoded[-16:]:  # CharLS looks for what is missing for seconds
+        raise ValueError("its frame is cut off")
     numbers = np.asarray(_DECODERS[runner.transfer_syntax](encoded))
     if numbers.ndim == 3:
         runner.set_option("planar_configuration", 0 if numbers.shape[-1] == runner.samples_per_pixel else 1)
     runner.set_option("bits_allocated", 8 * numbers.itemsize)
-    if runner.pixel_representation and runner.transfer_syntax not in uid.JPEGLSTransferSyntaxes:
+    if runner.pixel_representation and not is_jpeg_ls:
         numbers = _signed(numbers, n_bits=runner.bits_stored)
     return bytearray(numbers.tobytes())
+
+
+def _shape(encoded: bytes) -> tuple[int, ...]:
+    """Return the rows and columns that a JPEG tells; none if it is cut off before."""
+    at = 2
+    while at + 9 <= len(encoded) and encoded[at] == _MARK:
+        marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4])
+        if marker in _FRAME_HEADERS:
+            return int.from_bytes(encoded[at + 5 : at + 7]), int.from_bytes(encoded[at + 7 : at + 9])
+        at += 1 if marker == _MARK else 2 + length  # a mark may be repeated
+    return ()
 
 
 def _signed(numbers: NDArray[Any], *, n_bits: int) -> NDArray[Any]:

@@ -109,6 +109,28 @@ def test_deflated_slices_are_read_and_other_syntaxes_named(tmp_path):
     refused(series(tmp_path / "film", each=film), r"syntax that can be decoded, got MPEG2 Main.* in .*; decompress it")
 
 
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless])
+@pytest.mark.parametrize("kept", [0.02, 0.1, 0.5, 0.9])
+def test_lossless_jpeg_that_is_cut_off_or_of_another_shape_is_refused(tmp_path, syntax, kept):
+    encode = imagecodecs.ljpeg_encode if syntax == JPEGLosslessSV1 else imagecodecs.jpegls_encode
+    voxels = RNG.integers(0, 4000, (1, 64, 48), np.uint16)
+
+    def store(frame):
+        def compress(_index, data):
+            data.file_meta.TransferSyntaxUID = syntax
+            data.PixelData = pydicom.encaps.encapsulate([frame])
+            data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", True
+
+        return compress
+
+    whole = encode(voxels[0])
+    cut = series(tmp_path / "cut", voxels=voxels, each=store(whole[: int(kept * len(whole))]))
+    cause = r".*its frame (has shape \(\)|is cut off)" if syntax == JPEGLSLossless else ""
+    refused(cut, f"decodable, got {cause}")
+    turned = series(tmp_path / "turned", voxels=voxels, each=store(encode(voxels[0].T.copy())))
+    refused(turned, r"decodable, got .*its frame has shape \(48, 64\) instead of \(64, 48\)")
+
+
 def test_files_of_others_in_jpeg_ls_are_their_plain_ones():
     plain, packed = (get_testdata_file(f"MR_small{name}.dcm", download=False) for name in ("", "_jpeg_ls_lossless"))
     np.testing.assert_array_equal(open_scan(packed), open_scan(plain))
