@@ -126,14 +126,16 @@ def length_of(step: NDArray[np.float64]) -> float:
 
 
 def in_body(
-    source: VoxelSource, steps: NDArray[np.float64], *, axes: str, path: str, format_name: str
-) -> LazyScan:
+    source: VoxelSource, steps: NDArray[np.float64], *, axes: str, path: str, format_name: str,
+    measured: tuple[bool, ...] = (True, True, True),
+) -> LazyScan:  # fmt: skip
     """Return a scan along (c), z, y, x of a source whose voxels lie in a body.
 
     Parameters
     ----------
     steps : for each of the source's three spatial axes, in their order, the way from one voxel to the next: shape (3,
         3), millimetres to the left, to the back and to the head
+    measured : for each of these steps, whether its length is known, and not its direction alone
     axes : for each of the source's axes "*" if it is spatial, the fastest last, else its letter, see ``axes.arrange``
 
     Raises
@@ -151,7 +153,8 @@ def in_body(
     letters, flipped, size = list(axes), [False] * len(axes), dict[str, float]()
     for at, (i, axis) in enumerate(zip(spatial, towards, strict=True)):
         letters[i], flipped[i] = _LPS[axis].upper(), bool(steps[at, axis] < 0)
-        size[_LPS[axis]] = UM_PER_MM * length_of(steps[at])
+        if measured[at]:
+            size[_LPS[axis]] = UM_PER_MM * length_of(steps[at])
     turned = FlippedSource(source, tuple(flipped)) if any(flipped) else source
     return arrange(turned, axes="".join(letters), path=path, format_name=format_name, voxel_size_um=size)
 

@@ -1,4 +1,4 @@
-"""DICOM: a folder with one series of slices, or one file of one or many frames; axes as ``anatomy`` has them.
+"""DICOM: a folder or glob with one series of slices, or one file of one or many frames; axes as ``anatomy`` has them.
 
 Slices are ordered by where they lie in the patient, whatever the files are called, and intensities are what the
 instrument says they mean (rescale slope and intercept: Hounsfield units of a CT). Of a folder with several series one
@@ -7,50 +7,24 @@ is named as ``FOLDER::SERIES``, by its number or its UID.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ScanError
-from pipeline.scans.anatomy import in_body, scaled, scaled_dtype
+from pipeline.scans.anatomy import in_body, scaled
 from pipeline.scans.cache import DECODED
 from pipeline.scans.compressed import stamp_of
-from pipeline.scans.files import is_dicom_file
+from pipeline.scans.dicom_frames import Frame, dtype_of, frames_of
+from pipeline.scans.dicom_pixels import decoded, header_of
+from pipeline.scans.files import DICOMDIR, dicom_files
 from pipeline.scans.lazy import LazyScan, damage_named, damaged
 
-try:
-    import pydicom
-    from pydicom.pixels.utils import pixel_array
-except ImportError as missing:
-    raise ScanError(
-        'DICOM scans need the package pydicom, which is missing; pip install "haloseg[medical]"'
-    ) from missing
-
-_AMONG_OTHERS = {"DICOMDIR"}
 _UNEVEN = 0.02  # of the distance between slices: what positions written in decimals differ by
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One slice: where its pixels are, where it lies, and what its numbers mean.
-
-    Attributes
-    ----------
-    at : millimetres of its first pixel, to the patient's left, back and head
-    steps : the way from one row, and from one column, to the next, shape (2, 3), millimetres
-    """
-
-    path: str
-    index: int
-    at: tuple[float, ...]
-    steps: tuple[tuple[float, ...], ...]
-    slope: float
-    intercept: float
+_UNEVEN_MM = 0.01  # that, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +58,7 @@ class DicomSource:
 
 
 def open_dicom(path: str, /) -> LazyScan:
-    """Return the scan in a DICOM file, or in a series of a folder.
+    """Return the scan in a DICOM file, or in a series of a folder or glob.
 
     Raises
     ------
@@ -92,28 +66,30 @@ def open_dicom(path: str, /) -> LazyScan:
         direction, or no positions where there are several.
     """
     place, _, wanted = path.partition("::")
-    headers = _series(place, wanted.strip()) if Path(place).is_dir() else [(place, _header(place))]
-    frames = [frame for file, header in headers for frame in _frames(file, header)]
+    headers = _series(place, wanted.strip())
+    frames = [frame for file, header in headers for frame in frames_of(file, header)]
     first = headers[0][1]
     for file, header in headers:
         _check_same(file, header, first)
     frames, step = _in_order(frames, path=path)
     n_colours = int(first.get("SamplesPerPixel", 1))
     shape, axes = ((n_colours,), "***S") if n_colours > 1 else ((), "***")
-    source = DicomSource(tuple(frames), _dtype(first, frames), (int(first.Rows), int(first.Columns), *shape))
-    return in_body(source, np.array([step, *frames[0].steps]), axes=axes, path=path, format_name="DICOM")
+    source = DicomSource(tuple(frames), dtype_of(first, frames), (int(first.Rows), int(first.Columns), *shape))
+    is_measured = all(frame.is_measured for frame in frames)
+    return in_body(
+        source, np.array([step, *frames[0].steps]), axes=axes, path=path, format_name="DICOM",
+        measured=(True, is_measured, is_measured),
+    )  # fmt: skip
 
 
-def _header(path: str) -> Any:  # noqa: ANN401 pydicom's data set
-    with damage_named(path):
-        return pydicom.dcmread(path, stop_before_pixels=True)
-
-
-def _series(folder: str, wanted: str) -> list[tuple[str, Any]]:
-    """Return the files of a folder's only series, or of the one that is named, and their headers."""
+def _series(place: str, wanted: str) -> list[tuple[str, Any]]:
+    """Return the files of a place's only series, or of the one that is named, and their headers."""
     found: dict[str, list[tuple[str, Any]]] = defaultdict(list)
-    for file in dicom_files(folder):
-        header = _header(str(file))
+    files = dicom_files(place)
+    if not files or files[0].name == DICOMDIR:
+        raise ScanError(f"a DICOM scan must be slices, got {place}, a list of files; give the folder that they lie in")
+    for file in files:
+        header = header_of(str(file))
         found[str(header.get("SeriesInstanceUID", ""))].append((str(file), header))
     named = {
         uid: files for uid, files in found.items()
@@ -122,7 +98,7 @@ def _series(folder: str, wanted: str) -> list[tuple[str, Any]]:
     if len(named) != 1:
         told = "; ".join(f"{uid} ({_about(files)})" for uid, files in sorted(found.items()))
         raise ScanError(
-            f"a DICOM scan must be one series, got {folder}{f'::{wanted}' if wanted else ''} where there are {told}; "
+            f"a DICOM scan must be one series, got {place}{f'::{wanted}' if wanted else ''} where there are {told}; "
             "name one as FOLDER::SERIES, by its number or UID"
         )
     return next(iter(named.values()))
@@ -134,42 +110,8 @@ def _about(files: list[tuple[str, Any]]) -> str:
     return ", ".join([*filter(None, told), f"{len(files)} files"])
 
 
-def _frames(path: str, header: Any) -> Iterator[Frame]:  # noqa: ANN401
-    """Yield the frames of a file, each with what is told of it, or of all together."""
-    if "Rows" not in header:
-        raise ScanError(f"a DICOM scan must be of pictures, got {_kind(header)} in {path}; leave that file out")
-    if "TotalPixelMatrixColumns" in header:
-        raise ScanError(f"DICOM of whole slides cannot be read, got {path}; convert it to a tiled TIFF")
-    n_frames = int(header.get("NumberOfFrames", 1) or 1)
-    each = header.get("PerFrameFunctionalGroupsSequence", ())
-    shared = header.get("SharedFunctionalGroupsSequence", ())
-    for index in range(n_frames):
-        groups = [*each[index : index + 1], *shared]
-        told = [item for group in groups for sequence in group for item in _items(sequence)]
-        yield _frame(path, index, [*told, header], is_alone=n_frames == 1)
-
-
-def _items(element: Any) -> list[Any]:  # noqa: ANN401
-    return list(element.value) if element.VR == "SQ" else []
-
-
-def _frame(path: str, index: int, told: list[Any], *, is_alone: bool) -> Frame:
-    def of(name: str, usual: Any = None) -> Any:  # noqa: ANN401
-        return next((each[name].value for each in told if name in each and each[name].value is not None), usual)
-
-    at, way, spacing = of("ImagePositionPatient"), of("ImageOrientationPatient"), of("PixelSpacing")
-    spacing = of("ImagerPixelSpacing") if spacing is None else spacing
-    if (at is None or way is None) and not is_alone:
-        raise ScanError(f"each frame must tell where it lies in the patient, got none in {path}; save it as a series")
-    spacing = (1.0, 1.0) if spacing is None else tuple(map(float, spacing))
-    way = np.array([float(n) for n in way or (1, 0, 0, 0, 1, 0)]).reshape(2, 3)  # along a row, then down a column
-    steps = tuple(tuple(map(float, n)) for n in (way[1] * spacing[0], way[0] * spacing[1]))
-    slope, intercept = float(of("RescaleSlope", 1)), float(of("RescaleIntercept", 0))
-    return Frame(path, index, tuple(float(n) for n in at or (0, 0, 0)), steps, slope, intercept)
-
-
 def _check_same(path: str, header: Any, first: Any) -> None:  # noqa: ANN401
-    names = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation")
+    names = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PhotometricInterpretation")
     this, usual = ([each.get(name) for name in names] for each in (header, first))
     if this != usual:
         raise ScanError(
@@ -184,6 +126,11 @@ def _in_order(frames: list[Frame], *, path: str) -> tuple[list[Frame], NDArray[n
     normal /= np.linalg.norm(normal) or 1.0
     if len(frames) == 1:
         return frames, normal
+    if lost := [f.path for f in frames if not f.is_placed]:
+        raise ScanError(
+            "each of several slices must tell where it lies in the patient (ImagePositionPatient, "
+            f"ImageOrientationPatient), got none in {lost[0]}; export them with it, or save them as TIFF"
+        )
     unlike = [f.path for f in frames if not np.allclose(f.steps, frames[0].steps, rtol=1e-3, atol=1e-4)]
     if unlike:
         raise ScanError(
@@ -199,41 +146,24 @@ def _in_order(frames: list[Frame], *, path: str) -> tuple[list[Frame], NDArray[n
             f"slices must each lie at a place of their own, got {same} that lie where another does in {path}; keep one "
             "time point, echo or reconstruction"
         )
-    if np.abs(gaps - usual).max() > _UNEVEN * usual:
+    allowed = max(_UNEVEN * usual, _UNEVEN_MM)
+    if np.abs(gaps - usual).max() > allowed:
         raise ScanError(
             f"slices must lie at even distances, got {gaps.min():.4g} to {gaps.max():.4g} mm in {path}; add the slices "
             "that are missing, or resample it"
         )
-    return frames, (places[-1] - places[0]) / (len(frames) - 1)
-
-
-def _dtype(header: Any, frames: list[Frame]) -> np.dtype[Any]:  # noqa: ANN401
-    """Return the type that holds what the numbers of all frames mean; those without bits are floats."""
-    if "BitsStored" not in header:
-        return np.dtype(f"f{int(header.BitsAllocated) // 8}")
-    is_signed, bits = bool(header.PixelRepresentation), int(header.BitsStored)
-    stored = np.dtype(f"{'i' if is_signed else 'u'}{max(1, int(header.BitsAllocated) // 8)}")
-    limits = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
-    meant = Counter((f.slope, f.intercept) for f in frames)
-    if len(meant) > 1:
-        return np.dtype(np.float32)
-    return scaled_dtype(stored, *next(iter(meant)), limits=limits)
-
-
-def _kind(header: Any) -> str:  # noqa: ANN401
-    uid = header.get("SOPClassUID")
-    return str(getattr(uid, "name", uid))
+    step: NDArray[np.float64] = (places[-1] - places[0]) / (len(frames) - 1)
+    beside = np.abs(places - places[0] - np.arange(len(frames))[:, np.newaxis] * step).max()
+    if beside > allowed:
+        raise ScanError(
+            f"slices must lie one behind another on a line, got some {beside:.4g} mm beside it in {path}; leave out "
+            "those that are displaced, or resample it"
+        )
+    return frames, step
 
 
 def _decoded(frame: Frame, *, again: bool) -> NDArray[Any]:
     """Return the stored numbers of a frame, (y, x) or (y, x, c)."""
     key = (frame.path, frame.index, stamp_of(frame.path))
     with damage_named(frame.path):
-        return DECODED.get(key, lambda: np.asarray(pixel_array(frame.path, index=frame.index)), again=again)
-
-
-def dicom_files(folder: str) -> list[Path]:
-    """Return the DICOM files right in a folder, by name."""
-    files = (each for each in Path(folder).iterdir() if each.is_file() and not each.name.startswith("."))
-    return sorted(each for each in files if each.name not in _AMONG_OTHERS and is_dicom_file(each))
-
+        return DECODED.get(key, lambda: decoded(frame.path, index=frame.index, syntax=frame.syntax), again=again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,12 @@ from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, ScanError, StorageError, StoreError
 from pipeline.scans.bucket import knock, told
+
+PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+BY_RANGES = {".tif", ".tiff", ".svs", ".h5", ".hdf5"}
+MRC = {".mrc", ".mrcs", ".rec"}
+FILES = PICTURES | BY_RANGES | MRC | {".npy", ".nii", ".gz", ".nrrd", ".nhdr", ".dcm"}
+DICOMDIR = "DICOMDIR"  # the list of the files on a medium, which holds no pictures
 
 Read = Callable[[int, int], bytes]  # from a byte on, so many; fewer where the file ends
 
@@ -36,9 +43,43 @@ def about(path: str) -> tuple[int, str]:
 
 
 def is_dicom_file(path: str | Path) -> bool:
+    """Whether a file begins as DICOM does, after 128 bytes of anything, or calls itself one."""
+    return Path(path).suffix.lower() == ".dcm" or has_preamble(path)
+
+
+def has_preamble(path: str | Path) -> bool:
     """Whether a file begins as DICOM does, after 128 bytes of anything."""
     with Path(path).open("rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def is_bare_dicom_file(path: str | Path) -> bool:
+    """Whether a file begins with an element of DICOM's group 2 or 8, as those do that leave the 128 bytes out."""
+    with Path(path).open("rb") as file:
+        start = file.read(8)
+    is_explicit, is_short = start[4:6].isalpha() and start[4:6].isupper(), start[6:] == b"\0\0"
+    little, big = start[:2] in (b"\2\0", b"\x08\0"), start[:2] in (b"\0\2", b"\0\x08")
+    return (little and (is_explicit or is_short)) or (big and is_explicit)
+
+
+def dicom_candidates(place: str) -> Iterator[Path]:
+    """Yield a file, or those right in a folder or under a glob that may be DICOM: not hidden, of no other format."""
+    if Path(place).is_file():
+        yield Path(place)
+        return
+    found = Path(place).iterdir() if Path(place).is_dir() else map(Path, glob.iglob(place))  # noqa: PTH207 absolute patterns
+    for each in found:
+        is_other = each.name.startswith(".") or each.name == DICOMDIR or each.suffix.lower() in FILES - {".dcm"}
+        if not is_other and each.is_file():
+            yield each
+
+
+def dicom_files(place: str) -> list[Path]:
+    """Return the DICOM files of a place by name, beside one that is told by its beginning those that are bare, too."""
+    files = sorted(dicom_candidates(place))
+    if not any(map(is_dicom_file, files)):
+        return []
+    return [each for each in files if is_dicom_file(each) or is_bare_dicom_file(each)]
 
 
 @contextmanager

@@ -14,14 +14,20 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ScanError
-from pipeline.scans.files import fetched, is_dicom_file, is_remote
+from pipeline.scans.files import (
+    BY_RANGES,
+    DICOMDIR,
+    FILES,
+    MRC,
+    PICTURES,
+    dicom_candidates,
+    fetched,
+    is_dicom_file,
+    is_remote,
+)  # fmt: skip
 from pipeline.scans.lazy import LazyScan, damage_named
 
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
-_PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-_BY_RANGES = {".tif", ".tiff", ".svs", ".h5", ".hdf5"}
-_MRC = {".mrc", ".mrcs", ".rec"}
-_FILES = _PICTURES | _BY_RANGES | _MRC | {".npy", ".nii", ".gz", ".nrrd", ".nhdr", ".dcm"}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -35,12 +41,12 @@ def is_zarr(path: str) -> bool:
 
 def is_remote_file(path: str) -> bool:
     """Whether this is the URL of a scan in one file."""
-    return is_remote(path) and _ending(path) in _FILES
+    return is_remote(path) and _ending(path) in FILES
 
 
 def check_on_disk(path: str) -> None:
     """Refuse the URL of a scan in one file that can be read from a disk alone."""
-    if is_remote_file(path) and _ending(path) not in _BY_RANGES:
+    if is_remote_file(path) and _ending(path) not in BY_RANGES:
         raise ScanError(
             f"a scan at a URL must be a Zarr, a TIFF or HDF5, got {path}, which is another file; copy it to a disk and "
             "ingest it from there"
@@ -79,17 +85,17 @@ def is_slices(path: str) -> bool:
     if is_remote(path):
         return False
     if folder.is_dir():
-        return any(p.suffix.lower() in _PICTURES for p in folder.iterdir())
+        return any(p.suffix.lower() in PICTURES for p in folder.iterdir())
     return not folder.exists() and glob.has_magic(path)
 
 
 def is_dicom(path: str) -> bool:
-    """Whether this is a DICOM file, or a folder with some, which may name a series."""
-    place = Path(path.partition("::")[0])
-    if is_remote(path) or not place.is_dir():
-        return not is_remote(path) and place.is_file() and is_dicom_file(place)
-    others = (each for each in place.iterdir() if each.suffix.lower() not in _FILES - {".dcm"} and each.is_file())
-    return any(is_dicom_file(each) for each in others)
+    """Whether this is a DICOM file, a folder or glob with some, or a medium's folder; it may name a series."""
+    place = path.partition("::")[0]
+    if is_remote(path):
+        return False
+    is_medium = (Path(place) / DICOMDIR).is_file() and not is_slices(place)
+    return is_medium or any(map(is_dicom_file, dicom_candidates(place)))
 
 
 def is_nifti(path: str) -> bool:
@@ -104,7 +110,7 @@ def is_nrrd(path: str) -> bool:
 
 def is_mrc(path: str) -> bool:
     """Whether this is an MRC file, or calls itself one."""
-    return _start(path, 212)[208:] == b"MAP " or Path(path).suffix.lower() in _MRC
+    return _start(path, 212)[208:] == b"MAP " or Path(path).suffix.lower() in MRC
 
 
 @dataclass(frozen=True, slots=True)
