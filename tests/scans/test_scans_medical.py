@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from volumes import model_file
 
 from pipeline.cli import main
 from pipeline.errors import ScanError
 from pipeline.scans.anatomy import scaled, scaled_dtype
 from pipeline.scans.backend import open_scan
+from pipeline.segment import as_image
+from pipeline.store.image import open_image
 
 RNG = np.random.default_rng(0)
 VOXELS = RNG.integers(0, 4000, (7, 6, 5), dtype=np.int16)  # along z, y, x: head, back, left
@@ -254,6 +257,17 @@ def test_compressed_slices_are_what_pydicom_reads(tmp_path):
     with pytest.raises(ScanError, match=f"must be whole and decodable, got .*{file.name}") as caught:
         np.asarray(open_scan(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_each_series_of_a_folder_has_an_image_of_its_own(tmp_path):
+    turned, steps = stored((0, 1, 2), (1, 1, 1))
+    for number, pixels in ((1, turned), (2, turned[::-1])):
+        write_dicom(tmp_path / "two.d", pixels, steps, series=f"1.2.{number}", number=number)
+    model = model_file(tmp_path / "m.safetensors")
+    for series, name, voxels in (("1", "1", VOXELS), ("2", "2", VOXELS[::-1]), (" 1.2.2", "1.2.2", VOXELS[::-1])):
+        image = as_image(f"{tmp_path / 'two.d'}::{series}", model=model, name="x")
+        assert image == str(tmp_path / f"two.d.{name}.zarr")
+        np.testing.assert_array_equal(open_image(image).level(0)[0, :, :, :], voxels)
 
 
 def test_series_that_are_no_volume_are_refused_in_one_line(tmp_path):
