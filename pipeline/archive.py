@@ -15,10 +15,10 @@ from time import time
 from pipeline.config import Precision, Tta
 from pipeline.errors import ArgumentError, PipelineError, ScanError
 from pipeline.identity import stamps
-from pipeline.listing import changed_s, pattern_of, walk
+from pipeline.listing import changed_s, matching, pattern_of
 from pipeline.provenance import differing, fingerprint
 from pipeline.scans.registry import check_on_disk, format_of, is_remote_file
-from pipeline.segment import image_beside
+from pipeline.segment import image_beside, stem_of
 from pipeline.store.image import read_image
 from pipeline.store.labels import check_name
 from pipeline.store.lease import holder
@@ -51,7 +51,7 @@ class Archive:
     root : folder or URL prefix
     model : path of the model file
     pattern : globs of the scans below the root, separated by commas; "**/*" looks into subfolders, and one that ends in
-        "/" names folders of slices
+        "/" names folders of slices; DICOM files that lie together are one scan, their folder
     name : the label volume of each image
     images : where images go, in the archive's own tree of folders; None: each beside its scan
     truth : where a scan's truth lies, "{stem}-truth.tif" or "truth/{name}", from the scan's folder; None: there is none
@@ -156,12 +156,7 @@ def judge(scan: Scan, archive: Archive, *, model_sha256: str, scaling: Scaling) 
 
 def _listed(archive: Archive, root: Location) -> tuple[list[Scan], list[str]]:
     """Return the scans of an archive, and the names of what is none."""
-    matches = [pattern_of(each.strip()) for each in archive.pattern.split(",")]
-    others = list[str]()
-    entries = {
-        relative: entry for relative, entry in walk(root, "", seen=set(), others=others)
-        if any(each.fullmatch(relative) for each in matches)
-    }  # fmt: skip
+    entries, others = matching(root, archive.pattern)
     truths = {_truth_of(relative, archive.truth) for relative in entries} if archive.truth else set()
     scans, images = [], []
     for relative, entry in entries.items():
@@ -283,13 +278,14 @@ def _images(folder: str) -> Location:
 
 def _truth_of(relative: str, template: str) -> str:
     path = PurePosixPath(relative.rstrip("/"))
+    stem = path.name if relative.endswith("/") else stem_of(path.name)
     try:
-        found = normpath(str(path.parent / template.format(stem=path.stem, name=path.name)))
+        found = normpath(str(path.parent / template.format(stem=stem, name=path.name)))
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ArgumentError(
             f'truth must be a path with {{stem}} or {{name}}, got {template}; use such as "{{stem}}-truth.tif"'
         ) from error
-    if found == str(path) and template in ("{name}", "{stem}" + path.suffix):
+    if found == str(path) and template in ("{name}", "{stem}" + path.name.removeprefix(stem)):
         raise ArgumentError(f'truth must not be the scan itself, got {template}; use such as "{{stem}}-truth.tif"')
     return found
 

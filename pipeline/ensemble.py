@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArgumentError, ModelError
@@ -142,7 +143,7 @@ def command(args: Namespace) -> dict[str, Any]:
     paths = [model_path(each) for each in args.models]
     model = ensemble(paths)
     with to_be_written(args.model) as path:
-        if _absolute(path) in map(_absolute, paths):
+        if _resolved(path) in map(_resolved, paths):
             raise ArgumentError(f"an ensemble must not take its member's place, got {path}; name another file")
         saved = save_model(model, path)
     return {
@@ -151,5 +152,7 @@ def command(args: Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _absolute(path: str) -> str:
-    return str(Location(path).absolute())
+def _resolved(path: str) -> str:
+    """Return the one path of a file, dots and links followed; a URL as it is."""
+    location = Location(path).absolute()
+    return str(Path(location.url).resolve()) if location.is_local else location.url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import time
@@ -10,6 +11,7 @@ from time import time
 from fsspec.utils import glob_translate
 
 from pipeline.errors import ArgumentError, PipelineError
+from pipeline.scans.registry import is_dicom
 from pipeline.store.location import Entry, Location
 
 
@@ -19,6 +21,39 @@ def pattern_of(glob: str) -> re.Pattern[str]:
         return re.compile(glob_translate(glob))
     except (ValueError, re.error) as error:
         raise ArgumentError(f"a pattern must be a glob such as **/*.tif, got {glob!r}: {error}") from error
+
+
+def matching(root: Location, pattern: str) -> tuple[dict[str, Entry], list[str]]:
+    """Return what lies below a folder and is meant by a pattern, by its relative path; and the names of what cannot be.
+
+    Of DICOM files that lie together each is a slice, and their folder is meant. The root itself is none.
+    """
+    globs, others = [pattern_of(each.strip()) for each in pattern.split(",")], list[str]()
+    folders, found, slices = dict[str, Entry](), dict[str, Entry](), defaultdict[str, list[str]](list)
+    for relative, entry in walk(root, "", seen=set(), others=others):
+        if relative.endswith("/"):
+            folders[relative] = entry
+        if any(each.fullmatch(relative) for each in globs):
+            found[relative] = entry
+            if root.is_local and not entry.is_folder and _is_dicom(root / relative):
+                slices[relative[: -len(entry.name)]].append(relative)
+    for folder, files in slices.items():
+        if len(files) == 1 and folder not in found:
+            continue
+        for each in files:
+            del found[each]
+        if folder:
+            found[folder] = folders[folder]
+        else:
+            others += [f"{each} (a DICOM slice; move those of a series into a folder)" for each in files]
+    return found, others
+
+
+def _is_dicom(file: Location) -> bool:
+    try:
+        return is_dicom(str(file))
+    except OSError:
+        return False
 
 
 def walk(folder: Location, relative: str, *, seen: set[str], others: list[str]) -> Iterator[tuple[str, Entry]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import imagecodecs
 import numpy as np
@@ -27,6 +28,9 @@ _WIDTH = 192
 _GAP = 4
 _OPACITY = 0.35
 _UNKNOWN = (90, 0, 0)
+_HEAD = 33  # bytes of a PNG's signature and header, after which its maker may be told
+_MAKER = b"tEXtSoftware\0haloseg"
+_MARK = (len(_MAKER) - 4).to_bytes(4) + _MAKER + crc32(_MAKER).to_bytes(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ def preview(
     """
     if not path.lower().endswith(".png"):
         raise ArgumentError(f"a preview must be a .png, got {path}; name it so")
+    _check_replaceable(Path(path))
     if seed < 0:
         raise ArgumentError(f"seed must be at least 0, got {seed}; use 0")
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
@@ -80,7 +85,7 @@ def preview(
     strip = [part for column in columns for part in (column, _gap(columns[0].shape[0], axis=1))][:-1]
     picture = np.concatenate(strip, axis=1)
     try:
-        Path(path).write_bytes(imagecodecs.png_encode(picture))
+        Path(path).write_bytes(_marked(bytes(imagecodecs.png_encode(picture))))
     except OSError as error:
         raise ArgumentError(
             f"a preview must be a file that can be written, got {path} ({error.strerror}); name another place"
@@ -99,6 +104,22 @@ def draw_sample(sample: Sample) -> bytes:
     strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     enlarged = max(1, _WIDTH // grey.shape[1])
     return bytes(imagecodecs.png_encode(strip.repeat(enlarged, axis=0).repeat(enlarged, axis=1)))
+
+
+def _marked(png: bytes) -> bytes:
+    """Return a PNG that says that it is ours."""
+    return png[:_HEAD] + _MARK + png[_HEAD:]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to draw over a file that is there and no preview of ours: a scan, say, whose path was mistyped."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_HEAD + len(_MARK))
+    except OSError:  # nothing there, or what cannot be written either
+        return
+    if begin and begin[_HEAD:] != _MARK:
+        raise ArgumentError(f"a preview must not replace another file, got {path}; name a new file")
 
 
 def _middle(x: NDArray[Any]) -> NDArray[Any]:

@@ -83,13 +83,14 @@ def _shown(voxels: NDArray[np.float64], ranges: list[tuple[float, float]]) -> ND
 def _values(labels: Labels, plane: NDArray[Any], result: Result) -> tuple[int, ...]:
     """Return the values of the labels in the order of their classes: a truth has the result's colours.
 
-    A truth has them by the values that the model learned from, or by their order, as ``evaluate`` has it.
+    A truth has them by the values that the model learned from, or by their order, as ``evaluate`` has it, whichever
+    more of what is in the slice is among; what is not, such as voxels that training ignored, has no colour.
     """
-    there = tuple(map(int, np.unique(plane).tolist()))
+    there = set(map(int, np.unique(plane).tolist()))
     if labels.classes or not isinstance(result, Labels):
-        return tuple(range(len(labels.classes))) or there
+        return tuple(range(len(labels.classes))) or tuple(sorted(there))
     indices = tuple(range(len(result.classes)))
-    return next((known for known in (result.class_values, indices) if set(there) <= set(known)), there)
+    return max((result.class_values, indices), key=lambda known: len(there.intersection(known)))
 
 
 def _over(grey: NDArray[np.uint8], plane: NDArray[Any], values: tuple[int, ...]) -> NDArray[np.uint8]:

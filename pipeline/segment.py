@@ -6,6 +6,7 @@ What an earlier, killed run has done is kept.
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -29,6 +30,8 @@ from pipeline.store.probabilities import create_probabilities, publish_probabili
 from pipeline.store.results import Result, create_result, downsampling, is_published, publish_result, read_result
 from pipeline.unet.model import load_model
 from pipeline.verify import certify
+
+_NOT_IN_NAMES = re.compile(r"[^\w.+-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +221,23 @@ def image_of(path: str) -> str:
 
 
 def image_beside(path: str) -> Location:
-    """Return where a scan's image goes: ``scan.zarr``, ``x.haloseg.zarr`` of a Zarr, or beside a glob's folder."""
-    file = Location(path.partition("::")[0].rstrip("/"))
+    """Return where a scan's image goes: ``scan.zarr``, ``x.haloseg.zarr`` of a Zarr, or beside a glob's folder.
+
+    Of what is named in a file or folder, ``x::NAME``, it is ``x.NAME.zarr``, so that each has an image of its own.
+    """
+    place, _, inner = path.partition("::")
+    file = Location(place.rstrip("/"))
     while glob.has_magic(file.name) and not file.exists():  # what exists is a name, brackets or not
         file = file.parent
-    stem, dot, ending = file.name.rpartition(".")
-    if ending == "zarr":
-        stem += ".haloseg"
-    elif not dot or Path(file.url).is_dir():
-        stem = file.name
-    elif file.name.lower().endswith(".nii.gz"):
-        stem = file.name[: -len(".nii.gz")]
-    return file.parent / f"{stem}.zarr"
+    stem = file.name if Path(file.url).is_dir() else stem_of(file.name)
+    if file.name.endswith(".zarr"):
+        stem = f"{stem_of(file.name)}.haloseg"
+    named = _NOT_IN_NAMES.sub("-", inner.strip().strip("/"))
+    return file.parent / f"{stem}{named and f'.{named}'}.zarr"
+
+
+def stem_of(name: str) -> str:
+    """Return a file's name without its ending, of which .nii.gz is one."""
+    if name.lower().endswith(".nii.gz"):
+        return name[: -len(".nii.gz")]
+    return name.rpartition(".")[0] or name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from pipeline.errors import ArgumentError
 from pipeline.learning import learning
 from pipeline.lesson import open_lesson
 from pipeline.preview import draw_sample, preview
-from pipeline.store.location import Location
+from pipeline.store.location import Location, storage_errors
 from pipeline.store.shelf import called, to_be_written
 from pipeline.training import Learnt, Training
 from pipeline.unet.device import has_bf16, pick_device
 from pipeline.unet.model import Model, as_saved, save_model, unets_of
+from pipeline.unet.training.checkpoint import CheckpointFile
 from pipeline.unet.training.course import Step, Validation
 from pipeline.unet.training.processes import processes_for
 from pipeline.unet.training.recipe import Recipe, load_recipe
@@ -146,9 +148,18 @@ def train(
     saved = save_model(made, model)
     shown = sample(unets_of(made, device), lesson.check, device=device)
     Location(f"{model}.sample.png").write_bytes(draw_sample(shown))
-    for each in trainings:
-        each.checkpoint.remove()
+    _forget(model)
     return TrainResult(saved, str(model), tuple(learnt), perf_counter() - begin)
+
+
+def _forget(model: str) -> None:
+    """Remove the checkpoints of a model that is made, those of an earlier run with more members, too."""
+    place = Location(model)
+    ours = re.compile(rf"\.?({re.escape(place.name)}(\.member-\d+)?\.checkpoint)(\..*\.partial)?")
+    with storage_errors(place.parent):
+        names = {found[1] for each in place.parent.entries() if (found := ours.fullmatch(each.name))}
+    for name in names:
+        CheckpointFile(str(place.parent / name), {}).remove()
 
 
 def _of_members(alone: Training, n: int) -> list[Training]:

@@ -37,6 +37,10 @@ def _fail():
     raise PermissionError(13, "Permission denied", "scan.zarr/c/0")
 
 
+def _fill_memory():
+    raise MemoryError("Unable to allocate 9 TiB\nfor an array")
+
+
 def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -52,4 +56,5 @@ def _hang():
 _READS = []
 _WAYS = {
     "refused": _refuse, "damaged": _find_damage, "failing": _fail, "killed": _die, "left": _leave, "hanging": _hang,
+    "full": _fill_memory,
 }  # fmt: skip

@@ -87,6 +87,45 @@ def test_a_truth_is_no_scan_and_is_known_by_its_scan(home):
         survey(archive_of(home, truth="{x}"))
 
 
+def test_a_truth_is_named_by_what_the_image_is_named_by(home):
+    for name in ("z.nii.gz", "z-truth.nii.gz", "y.NII.GZ", "y-truth.nii.gz"):
+        (home / "scans" / name).write_bytes(b"")
+    archive = archive_of(home, pattern="y*,z*", truth="{stem}-truth.nii.gz")
+    found = {scan.relative: (scan.image, scan.truth) for scan in survey(archive).scans}
+    assert found == {
+        name: (f"{home}/scans/{name[0]}.zarr", f"{home}/scans/{name[0]}-truth.nii.gz")
+        for name in ("z.nii.gz", "y.NII.GZ")
+    }
+    with pytest.raises(ArgumentError, match="truth must not be the scan itself"):
+        survey(replace(archive, truth="{stem}.nii.gz"))
+
+
+def dicom_file(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM")
+    aged(path, seconds=100)
+
+
+def test_dicom_files_that_lie_together_are_one_scan_and_one_alone_is_one(home):
+    for name in ("series/1", "series/2", "series/3.dcm", "sub/one.dcm", "loose-1", "loose-2"):
+        dicom_file(home / "scans" / name)
+    found = survey(archive_of(home))
+    scans = {scan.relative: scan for scan in found.scans}
+    assert sorted(scans) == ["a-truth.tif", "a.tif", "b.tif", "series", "sub/c.tif", "sub/one.dcm"]
+    assert (scans["series"].state, scans["series"].image) == (State.NEW, f"{home}/scans/series.zarr")
+    hint = "(a DICOM slice; move those of a series into a folder)"
+    assert sorted(found.others) == [f"loose-1 {hint}", f"loose-2 {hint}", "notes.txt"]
+    for pattern, names in (
+        ("**/", ["series", "sub"]), ("**/,**/*.dcm", ["series", "sub"]), ("*/*.dcm", ["series/3.dcm", "sub/one.dcm"]),
+        ("*.tif", ["a-truth.tif", "a.tif", "b.tif"]),
+    ):  # fmt: skip
+        assert sorted(states(archive_of(home, pattern=pattern))) == names
+    assert states(archive_of(home, pattern="series/*"))["series"] is State.NEW
+    dicom_file(home / "scans" / "series" / "4")
+    os.utime(home / "scans" / "series" / "4")
+    assert states(archive_of(home, pattern="series/*")) == {"series": State.GROWING}
+
+
 def test_priority_and_patterns_choose(home):
     first = survey(archive_of(home, priority=("b*", "sub/*"))).scans
     assert [scan.relative for scan in first] == ["b.tif", "sub/c.tif", "a-truth.tif", "a.tif"]

@@ -250,6 +250,8 @@ def test_what_is_no_member_is_refused_and_nothing_is_written(place, capsys):
     printed(capsys, "ensemble", "a.safetensors", "b.safetensors", "--model", "two.safetensors")
     shutil.copy("a.safetensors", "copy.safetensors")
     (place / "text.safetensors").write_text("hello")
+    (place / "sub").mkdir()
+    (place / "linked.safetensors").symlink_to("a.safetensors")
     program = saved(place / "net.pt2", random_network(Encoder), (1, 1, 64, 64), dynamic=True)
     printed(capsys, "import", program, "--model", "foreign.safetensors")
     before = tree_digest(place)
@@ -262,6 +264,9 @@ def test_what_is_no_member_is_refused_and_nothing_is_written(place, capsys):
         (["a", "missing"], "x", "a model must be a readable file, got missing.safetensors"),
         (["a", "text"], "x", "a model must be an undamaged .safetensors file"),
         (["a", "b"], "b", "must not take its member's place, got b.safetensors"),
+        (["a", "b"], "sub/../a", "must not take its member's place, got sub/../a.safetensors"),
+        (["a", "b"], "linked", "must not take its member's place, got linked.safetensors"),
+        (["linked", "b"], "a", "must not take its member's place, got a.safetensors"),
     ]:
         line = fails(capsys, "ensemble", *(f"{each}.safetensors" for each in models), "--model", f"{out}.safetensors")
         assert message in line

@@ -18,8 +18,8 @@ SHAPE = (3, 40, 30)
 SETTINGS = UNetSettings(dims=2, width=4, depth=1, n_classes=3, padding=Padding.SAME)
 
 
-@pytest.mark.parametrize("values", [(3, 9, 200), (0, 1, 2)], ids=["of the model", "indices"])
-@pytest.mark.parametrize("there", [(0, 1, 2), (0, 2), (1, 2), (2,)], ids=str)
+@pytest.mark.parametrize("values", [(3, 9, 200, 255), (0, 1, 2, 255)], ids=["of the model", "indices"])
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 2), (1, 2), (2,), (1, 3), (0, 2, 3), (0, 1, 2, 3), (3,)], ids=str)
 def test_a_class_has_one_colour_in_truth_and_labels_whatever_else_is_in_the_slice(tmp_path, values, there):
     scan_file(tmp_path / "scan.tif", SHAPE)
     image = str(ingest(str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")).location)
@@ -33,6 +33,6 @@ def test_a_class_has_one_colour_in_truth_and_labels_whatever_else_is_in_the_slic
     times = drawn.shape[0] // SHAPE[1]
     grey, over, found = (drawn[::times, ::times][:, at : at + SHAPE[2]] for at in (0, SHAPE[2] + 8, 2 * SHAPE[2] + 16))
     for panel, plane in ((over, classes[1]), (found, labels.array[1])):
-        for number in range(3):
-            shown = grey if not number else 0.55 * grey + 0.45 * np.array(colour_of(number))
+        for number in range(4):  # the last is none of the model's
+            shown = grey if number in (0, 3) else 0.55 * grey + 0.45 * np.array(colour_of(number))
             assert np.abs(panel - shown)[plane == number].max(initial=0) <= 1

@@ -17,7 +17,7 @@ from pipeline.config import EngineName, Scheme
 from pipeline.errors import QuarantineError, RunError, StoreError
 from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
-from pipeline.segment import as_image, segment
+from pipeline.segment import as_image, image_beside, segment
 from pipeline.store.arrays import open_array
 from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
@@ -353,3 +353,17 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path):
     assert (len(workers), run.returncode) == (2, 0)
     assert json.loads(out)["blocks_run"] == 144
     assert digest_but_name(image, "killed") == digest_but_name(image, "undisturbed")
+
+
+IMAGES = {
+    "scan.tif": "scan.zarr", "scan.1.tif": "scan.1.zarr", "scan": "scan.zarr", "scan.NII.gz": "scan.zarr",
+    "scan.gz": "scan.zarr", "scan.zarr": "scan.haloseg.zarr", "scan.ome.tif": "scan.ome.zarr",
+    "all.h5": "all.zarr", "all.h5::raw": "all.raw.zarr", "all.h5::/raw": "all.raw.zarr",
+    "all.h5::truth": "all.truth.zarr", "all.h5::t0/s 1:2/raw": "all.t0-s-1-2-raw.zarr", "all.h5::": "all.zarr",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["a.b/", "s3://bucket/"])
+@pytest.mark.parametrize(("scan", "image"), IMAGES.items(), ids=IMAGES)
+def test_what_is_named_in_a_file_has_an_image_of_its_own(folder, scan, image):
+    assert str(image_beside(f"{folder}{scan}")) == f"{folder}{image}"

@@ -484,6 +484,12 @@ def test_a_preview_that_cannot_be_written_is_refused(slide, tmp_path, capsys):
     assert cli.main(["train", slide, "--labels", "truth", "--preview", str(truth)]) == 2
     assert f"a preview must be a .png, got {truth}" in capsys.readouterr().err
     assert truth.read_bytes() == b"drawn by hand"
+    for name, content in (("scan.png", imagecodecs.png_encode(np.eye(64, dtype=np.uint8))), ("text.png", b"a word")):
+        other = tmp_path / name
+        other.write_bytes(content)
+        assert cli.main(["train", slide, "--labels", "truth", "--preview", str(other)]) == 2
+        assert f"a preview must not replace another file, got {other}" in capsys.readouterr().err
+        assert other.read_bytes() == content
     negative = ["--preview", str(tmp_path / "p.png"), "--seed", "-1"]
     assert cli.main(["train", slide, "--labels", "truth", *negative]) == 2
     assert "seed must be at least 0, got -1; use 0" in capsys.readouterr().err

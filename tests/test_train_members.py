@@ -97,6 +97,23 @@ def test_a_run_that_was_stopped_goes_on_with_the_member_that_it_was_at(slide, tm
     assert names_in(tmp_path) - {"whole"} == names_in(tmp_path / "whole")
 
 
+def test_of_a_run_that_was_stopped_with_more_members_no_checkpoint_is_left(slide, tmp_path):
+    about = {"labels": "truth", "recipe": SHORT, "model": str(tmp_path / "m")}
+    with pytest.raises(KilledError):
+        train([slide], members=3, on_progress=stopping(7), **about)  # of the third member the first
+    for name in (".m.checkpoint.1.partial", ".m.member-4.checkpoint.1.partial"):  # killed as it wrote
+        (tmp_path / name).write_bytes(b"half")
+    others = {"m.member-1.checkpoint.txt", "other.member-1.checkpoint", "mm.checkpoint", "a.m.checkpoint"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"of somebody else")
+    assert "m.member-3.checkpoint" in names_in(tmp_path)
+    steps = []
+    train([slide], members=2, on_step=steps.append, **about)
+    assert steps == []
+    curves = {f"m.member-{at}.curves.png" for at in (1, 2, 3)}
+    assert names_in(tmp_path) == {"m", "m.sample.png"} | curves | others
+
+
 def test_all_members_together_take_the_minutes(slide, tmp_path):
     with pytest.raises(KilledError):
         train([slide], labels="truth", model=str(tmp_path / "m"), recipe=SHORT, members=2, minutes=4,

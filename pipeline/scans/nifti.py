@@ -6,6 +6,7 @@ Where the file tells no orientation its voxels count as nibabel reads them: alon
 from __future__ import annotations
 
 import gzip
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ except ImportError as missing:
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_LOG = logging.getLogger("haloseg.scans")  # nibabel tells there what of a header it mends
 _GZIP, _NIFTI_2 = b"\x1f\x8b", (540).to_bytes(4, "little")
 _COLOURS = {"RGB": 3, "RGBA": 4}
 
@@ -37,7 +39,7 @@ def open_nifti(path: str, /) -> LazyScan:
     ------
     ScanError : it has several time points, or numbers that are no intensities.
     """
-    header, is_packed = _header(path)
+    header, measured, is_packed = _header(path)
     dtype, shape = header.get_data_dtype(), tuple(map(int, header.get_data_shape()))
     axes = "***TCQQ"[: len(shape)]
     if len(shape) < 3:
@@ -56,15 +58,20 @@ def open_nifti(path: str, /) -> LazyScan:
     if None not in told and told != (1.0, 0.0):
         slope, intercept = map(float, told)
         source = ScaledSource(source, slope, intercept, scaled_dtype(dtype, slope, intercept))
-    return in_body(source, steps, axes=axes, path=path, format_name="NIfTI")
+    return in_body(source, steps, axes=axes, path=path, format_name="NIfTI", measured=measured)
 
 
-def _header(path: str) -> tuple[Any, bool]:
-    """Return the header of a file, whatever it is called, and whether it is gzipped."""
+def _header(path: str) -> tuple[Any, tuple[bool, ...], bool]:
+    """Return the header of a file, whatever it is called, which lengths in C order it tells, and if it is gzipped."""
     with Path(path).open("rb") as file:
         is_packed = file.read(2) == _GZIP
     with gzip.open(path) if is_packed else Path(path).open("rb") as file:
         size = file.read(4)
         file.seek(0)
         kind: Any = nibabel.Nifti2Header if _NIFTI_2 in (size, size[::-1]) else nibabel.Nifti1Header
-        return kind.from_fileobj(file), is_packed
+        header = kind.from_fileobj(file, check=False)
+    lengths = np.abs(header["pixdim"][1:4])
+    told = [int(header["sform_code"]) > 0 or bool(length > 0) for length in lengths]
+    header["pixdim"][1:4] = np.where(lengths > 0, lengths, 1)  # directions alone, then
+    header.check_fix(logger=_LOG)
+    return header, tuple(reversed(told)), is_packed

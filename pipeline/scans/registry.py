@@ -59,7 +59,7 @@ def _ending(path: str) -> str:
 
 def is_tiff(path: str) -> bool:
     """Whether this is a TIFF file, or calls itself one."""
-    return _start(path).startswith(_TIFF_MAGIC) or Path(path).suffix.lower() in {".tif", ".tiff", ".svs"}
+    return Path(path).suffix.lower() in {".tif", ".tiff", ".svs"} or _start(path).startswith(_TIFF_MAGIC)
 
 
 def is_picture(path: str) -> bool:
@@ -71,7 +71,7 @@ def is_picture(path: str) -> bool:
 
 def is_hdf5(path: str) -> bool:
     """Whether this names a dataset, or is an HDF5 file or calls itself one."""
-    return "::" in path or _start(path) == _HDF5_MAGIC or Path(path).suffix.lower() in {".h5", ".hdf5"}
+    return "::" in path or Path(path).suffix.lower() in {".h5", ".hdf5"} or _start(path) == _HDF5_MAGIC
 
 
 def is_npy(path: str) -> bool:
@@ -115,11 +115,12 @@ def is_mrc(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A kind of scan: its name, whether a path is one, and "module:function" of its reader."""
+    """A kind of scan: its name, whether a path is one, "module:function" of its reader, whether that reads URLs."""
 
     name: str
     claims: Callable[[str], bool]
     reader: str
+    reads_urls: bool = False
 
     def open(self, path: str) -> LazyScan:
         """Return the scan at ``path``."""
@@ -129,16 +130,16 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:open_zarr"),
+    Format("OME-Zarr (folder or URL)", is_zarr, "pipeline.store.reader:open_zarr", reads_urls=True),
     Format("DICOM (a file, or a folder with one series)", is_dicom, "pipeline.scans.dicom:open_dicom"),
-    Format("HDF5 (FILE.h5::DATASET)", is_hdf5, "pipeline.scans.hdf5:open_hdf5"),
+    Format("HDF5 (FILE.h5::DATASET)", is_hdf5, "pipeline.scans.hdf5:open_hdf5", reads_urls=True),
     Format("a folder or glob of PNG, JPEG or TIFF slices", is_slices, "pipeline.scans.slices:open_slices"),
     Format("PNG or JPEG", is_picture, "pipeline.scans.pictures:open_picture"),
     Format("NumPy (.npy)", is_npy, "pipeline.scans.npy:open_npy"),
     Format("NIfTI (.nii, .nii.gz)", is_nifti, "pipeline.scans.nifti:open_nifti"),
     Format("NRRD", is_nrrd, "pipeline.scans.nrrd:open_nrrd"),
     Format("MRC (.mrc, .rec, .map)", is_mrc, "pipeline.scans.mrc:open_mrc"),
-    Format("TIFF (OME, BigTIFF, ImageJ, SVS)", is_tiff, "pipeline.scans.tiff:open_tiff"),
+    Format("TIFF (OME, BigTIFF, ImageJ, SVS)", is_tiff, "pipeline.scans.tiff:open_tiff", reads_urls=True),
 )
 
 
@@ -154,7 +155,7 @@ def format_of(path: str) -> Format:
     if not is_remote(path) and not Path(on_disk).exists() and not any(glob.iglob(on_disk)):  # noqa: PTH207 absolute patterns
         raise ScanError(f"a scan must exist, got {path}; check the path")
     for candidate in FORMATS:
-        if candidate.claims(path):
+        if (candidate.reads_urls or not is_remote(path)) and candidate.claims(path):  # each asks storage anew
             return candidate
     readable = "; ".join(f.name for f in FORMATS)
     raise ScanError(f"a scan must be of a kind that can be read, got {path}; convert it to one of: {readable}")

@@ -99,3 +99,14 @@ def test_a_volume_is_whole_without_a_disk_too(tmp_path, monkeypatch):
     none = SegmentCache(budget_bytes=10, scratch=Scratch(most_arrays=0))
     monkeypatch.setattr("pipeline.scans.compressed.DECODED", none)
     np.testing.assert_array_equal(open_scan(tmp_path / "scan.nii.gz"), VOXELS)
+
+
+def test_a_length_that_is_not_told_is_not_invented(tmp_path):
+    about = nibabel.Nifti1Header()
+    about.set_data_shape(VOXELS.T.shape)
+    about.set_data_dtype(np.int16)
+    about["magic"], about["vox_offset"] = b"n+1", 352
+    for lengths, size in (((-2, 3, 4), (4000, 3000, 2000)), ((2, 3, 0), None), ((2, np.nan, 4), None)):
+        about["pixdim"][1:4] = lengths
+        (tmp_path / "scan.nii").write_bytes(about.binaryblock + bytes(4) + VOXELS.tobytes())
+        assert open_scan(tmp_path / "scan.nii").attrs.get("voxel_size_um") == size

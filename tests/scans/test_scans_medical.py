@@ -13,11 +13,14 @@ import pytest
 from bodies import SIZE_MM, TURNS, VOXELS, same, stored, write_dicom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from volumes import model_file
 
 from pipeline.cli import main
 from pipeline.errors import ScanError
 from pipeline.scans.anatomy import scaled, scaled_dtype
 from pipeline.scans.backend import open_scan
+from pipeline.segment import as_image
+from pipeline.store.image import open_image
 
 RNG = np.random.default_rng(1)
 RAS = np.diag([-1.0, -1.0, 1.0])
@@ -125,6 +128,17 @@ def test_types_hold_what_is_meant_exactly_or_to_their_precision(kind, scale):
 def test_numbers_beyond_what_a_header_says_are_refused_not_wrapped():
     with pytest.raises(ValueError, match="must be of int16, as its header says, got 3 to 64511"):
         scaled(np.array([1027, 65535], np.uint16), 1, -1024, dtype=np.dtype(np.int16))
+
+
+def test_each_series_of_a_folder_has_an_image_of_its_own(tmp_path):
+    turned, steps = stored((0, 1, 2), (1, 1, 1))
+    for number, pixels in ((1, turned), (2, turned[::-1])):
+        write_dicom(tmp_path / "two.d", pixels, steps, series=f"1.2.{number}", number=number)
+    model = model_file(tmp_path / "m.safetensors")
+    for series, name, voxels in (("1", "1", VOXELS), ("2", "2", VOXELS[::-1]), (" 1.2.2", "1.2.2", VOXELS[::-1])):
+        image = as_image(f"{tmp_path / 'two.d'}::{series}", model=model, name="x")
+        assert image == str(tmp_path / f"two.d.{name}.zarr")
+        np.testing.assert_array_equal(open_image(image).level(0)[0, :, :, :], voxels)
 
 
 @pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2"])

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import h5py
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -22,6 +23,7 @@ from pipeline.errors import ScanError
 from pipeline.identity import check_unchanged, stamps
 from pipeline.ingest import ingest
 from pipeline.scans.backend import open_scan
+from pipeline.scans.registry import format_of
 from pipeline.scans.scratch import folder, lies_in_memory
 
 RNG = np.random.default_rng(0)
@@ -174,6 +176,28 @@ def test_whether_it_is_still_the_same_is_one_question(bucket, tmp_path, caplog):
     check_unchanged(f"{bucket}/scan.tif", before)
     asked = [each.getMessage().split()[1] for each in caplog.records if each.getMessage().startswith("CALL:")]
     assert asked == ["head_object"]
+
+
+@pytest.mark.parametrize(("name", "n"), [("scan.tif", 1), ("scan.svs", 1), ("scan.h5", 0), ("hdf5.tif", 1)])
+def test_of_what_kind_it_is_is_one_question_or_none(bucket, tmp_path, caplog, name, n):
+    is_hdf5 = "h" in name
+    if is_hdf5:
+        with h5py.File(tmp_path / name, "w") as file:
+            file["a"] = VOLUME
+    else:
+        tifffile.imwrite(tmp_path / name, VOLUME)
+    put(tmp_path / name, f"{bucket}/{name}")
+    caplog.set_level("DEBUG", "s3fs")
+    assert format_of(f"{bucket}/{name}").name == format_of(str(tmp_path / name)).name
+    assert format_of(f"{bucket}/{name}").name.startswith("HDF5" if is_hdf5 else "TIFF")
+    assert sum(each.getMessage().startswith("CALL: get_object") for each in caplog.records) == 2 * n
+
+
+def test_a_picture_that_calls_itself_a_tiff_is_refused_in_one_line(bucket, tmp_path):
+    (tmp_path / "scan.tif").write_bytes(imagecodecs.png_encode(VOLUME[0]))
+    with pytest.raises(ScanError, match=r"scan.tif: .*TIFF") as caught:
+        open_scan(put(tmp_path / "scan.tif", f"{bucket}/scan.tif"))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_image_of_it_has_the_bytes_of_one_from_a_disk(bucket, tmp_path):

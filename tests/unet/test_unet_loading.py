@@ -16,7 +16,7 @@ import torch
 from odd_arrays import Odd
 from test_unet_fit import RECIPE, fitted, patches_of
 
-from pipeline.errors import ArgumentError, RunError
+from pipeline.errors import ArgumentError, BudgetError, RunError
 from pipeline.geometry.box import Box
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.batches import draw_batch
@@ -166,6 +166,7 @@ def test_weights_do_not_depend_on_who_reads_nor_on_restarts(dims, tmp_path, noth
     [
         ("refused", ArgumentError, "^one line$"),
         ("damaged", RunError, r"patch must be readable, got ValueError: bad checksum in a chunk \(step 1\); mend the"),
+        ("full", BudgetError, r"^the patches of a batch must fit .* step 1 \(MemoryError: Unable to .*a smaller batch"),
         ("failing", PermissionError, r"^\[Errno 13\] Permission denied: 'scan.zarr/c/0'$"),
         ("killed", RunError, "process that reads patches must live until the end, got its end by signal 9; see that"),
         ("left", RunError, "process that reads patches must live until the end, got its end by exit code 7; see that"),

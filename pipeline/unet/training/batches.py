@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import BudgetError, PipelineError, RunError
 from pipeline.unet.training.patches import Patch, Patches
 
 AHEAD = 2
@@ -41,7 +41,7 @@ def batches(
 
     Raises
     ------
-    PipelineError, OSError : a patch cannot be read.
+    PipelineError, OSError : a patch cannot be read, or the memory does not hold those of a batch.
     """
     with ThreadPoolExecutor(N_READERS) as readers, ThreadPoolExecutor(1) as drawer:
 
@@ -72,11 +72,20 @@ def _one_line(step: int) -> Iterator[None]:
         yield
     except (PipelineError, OSError):
         raise
-    except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunError(
-            f"every patch must be readable, got {cause} (step {step}); mend the image, and the same command goes on"
+    except MemoryError as error:
+        raise BudgetError(
+            f"the patches of a batch must fit the memory, got out of memory at step {step} ({_told(error)}); set a "
+            "smaller batch or patch in the recipe"
         ) from error
+    except Exception as error:
+        raise RunError(
+            f"every patch must be readable, got {_told(error)} (step {step}); mend the image, and the same command "
+            "goes on"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _drawn(patches: Patches, n: int, *, seed: int, step: int) -> list[Callable[[], Patch]]:
