@@ -63,7 +63,10 @@ def started(slide, folder, *, steps, more=()):
     return run, reader
 
 
-@pytest.mark.parametrize("more", [(), ("forked",)], ids=["alone", "with a fork that has the pipe"])
+WITH_A_FORK = pytest.param(("forked",), id="with a fork that has the pipe", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [pytest.param((), id="alone"), WITH_A_FORK])
 def test_the_reader_of_a_training_that_is_killed_ends(slide, tmp_path, more):
     run, reader = started(slide, tmp_path, steps=10**6, more=more)
     others = [each for each in psutil.Process(run.pid).children() if each != reader]

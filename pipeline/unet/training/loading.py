@@ -45,9 +45,9 @@ def loading_for(device: str) -> Loading:
     """Return who reads for a training on a device: a process where that is a GPU.
 
     A GPU waits for the calls of the training's thread, and that thread for the interpreter, which threads that read
-    take from it. CPU time of the training's process for a step that calls operators as for a GPU, on two busy cores:
-    from memory 33 ms, by threads 60, by a process 37, in 3-D 31, 75 and 33 (tests/benchmarks/bench_train.py). Of the
-    process's, 0.4 and 0.9 ms go into taking a batch, the rest into sharing the machine with it. Its first batch comes
+    take from it. CPU time of the training's process for a step that calls operators as for a GPU, on two quiet cores:
+    from memory 25 ms, by threads 69, by a process 27 (tests/benchmarks/bench_train.py). Of the process's, 0.4 ms go
+    into taking a batch, 0.9 in 3-D, the rest into sharing the machine with it. Its first batch comes
     half a second later than a thread's, while the network is set up. A CPU has no core to spare, and computes within
     its calls: four steps of a tiny network took 0.7 s with a process, and 0.2 s without.
     """
