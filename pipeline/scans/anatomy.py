@@ -120,7 +120,7 @@ def scaled_dtype(
     return np.dtype(np.float64)
 
 
-def length_of(step: NDArray[np.float64]) -> float:
+def length_of(step: NDArray[np.floating[Any]]) -> float:
     """Return the length of a step to six digits: what the files tell is of float32, or computed of it."""
     return float(f"{np.linalg.norm(step):.6g}")
 

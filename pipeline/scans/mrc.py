@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.errors import ScanError
+from pipeline.scans.anatomy import length_of
 from pipeline.scans.axes import arrange
 from pipeline.scans.lazy import LazyScan, damaged
 from pipeline.scans.mapped import MappedSource
@@ -46,5 +47,5 @@ def open_mrc(path: str, /) -> LazyScan:
     order = [int(header[name]) for name in ("maps", "mapr", "mapc")]
     axes = "".join(" XYZ"[axis] for axis in order) if sorted(order) == [1, 2, 3] else "ZYX"
     source = MappedSource(path, dtype, shape, _HEADER_BYTES + int(header.nsymbt))
-    known = {axis: float(f"{float(size[axis]):.6g}") / _ANGSTROM_PER_UM for axis in "xyz"}
+    known = {axis: length_of(size[axis]) / _ANGSTROM_PER_UM for axis in "xyz"}
     return arrange(source, axes=axes, path=path, format_name="MRC", voxel_size_um=known)

@@ -47,7 +47,7 @@ def open_nrrd(path: str, /) -> LazyScan:
 
     Raises
     ------
-    ScanError : its data are in several files, or written as text.
+    ScanError : its data are in another file, or written as text, or its lengths in an unknown unit.
     """
     with Path(path).open("rb") as file:
         header = nrrd.read_header(file)
@@ -144,6 +144,6 @@ def _sizes(
     else:
         told = np.array(list(reversed(list(header.get("spacings", ())))), np.float64)
         told = told * _mm(header, "units", path=path) if len(told) else told
-        lengths = [float(f"{n:.6g}") for n, each in zip(told, spatial, strict=False) if each]
+        lengths = [length_of(n) for n, each in zip(told, spatial, strict=False) if each]
     named = "zyx"[-len(lengths) :] if len(lengths) in (2, 3) else ""
     return {axis: UM_PER_MM * n for axis, n in zip(named, lengths, strict=False)}
