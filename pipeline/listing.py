@@ -11,6 +11,7 @@ from time import time
 from fsspec.utils import glob_translate
 
 from pipeline.errors import ArgumentError, PipelineError
+from pipeline.scans.files import may_be_dicom
 from pipeline.scans.registry import is_dicom
 from pipeline.store.location import Entry, Location
 
@@ -35,7 +36,7 @@ def matching(root: Location, pattern: str) -> tuple[dict[str, Entry], list[str]]
             folders[relative] = entry
         if any(each.fullmatch(relative) for each in globs):
             found[relative] = entry
-            if root.is_local and not entry.is_folder and _is_dicom(root / relative):
+            if root.is_local and not entry.is_folder and may_be_dicom(entry.name) and _is_dicom(root / relative):
                 slices[relative[: -len(entry.name)]].append(relative)
     for folder, files in slices.items():
         if len(files) == 1 and folder not in found:

@@ -62,6 +62,11 @@ def is_bare_dicom_file(path: str | Path) -> bool:
     return (little and (is_explicit or is_short)) or (big and is_explicit)
 
 
+def may_be_dicom(name: str) -> bool:
+    """Whether a file among others may be DICOM by its name: it is not hidden, and of no other format."""
+    return not name.startswith(".") and name != DICOMDIR and Path(name).suffix.lower() not in FILES - {".dcm"}
+
+
 def dicom_candidates(place: str) -> Iterator[Path]:
     """Yield a file, or those right in a folder or under a glob that may be DICOM: not hidden, of no other format."""
     if Path(place).is_file():
@@ -69,8 +74,7 @@ def dicom_candidates(place: str) -> Iterator[Path]:
         return
     found = Path(place).iterdir() if Path(place).is_dir() else map(Path, glob.iglob(place))  # noqa: PTH207 absolute patterns
     for each in found:
-        is_other = each.name.startswith(".") or each.name == DICOMDIR or each.suffix.lower() in FILES - {".dcm"}
-        if not is_other and each.is_file():
+        if may_be_dicom(each.name) and each.is_file():
             yield each
 
 
