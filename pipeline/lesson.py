@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pipeline.geometry.held_out import split
 from pipeline.geometry.mirror import Sliceable
 from pipeline.store.image import Image, open_image
 from pipeline.store.labels import Labels
-from pipeline.store.reading import open_voxels
+from pipeline.store.reading import chunk_cache, open_voxels
 from pipeline.store.scaling import Window
 from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targets
 from pipeline.unet.settings import UNetSettings
@@ -31,6 +31,7 @@ from pipeline.unet.training.source import Source
 from pipeline.unet.training.targets import UNKNOWN, Known, Target
 
 RESIDENT_BYTES = 2**29
+CACHED_BYTES = 2**31
 _FARTHEST = 64  # of a voxel that is seen from one of the image: nanometres taken for micrometres are 1000 apart
 
 
@@ -177,15 +178,18 @@ _Stored = list[tuple[Sliceable, tuple[Sliceable, ...]]]
 
 
 def _stored(images: list[Image], truths: Sequence[tuple[Labels | Image, ...]], *, recipe: Recipe) -> _Stored:
-    """Return the voxels of each image and of its truths, in memory where they are small."""
+    """Return the voxels of each image and of its truths, in memory where they are small, else the chunks used last."""
     volumes = [(image, *truth) for image, truth in zip(images, truths, strict=True)]
     n_voxels = sum(prod(image.spatial_shape) for image in images)
     computed_bytes = n_voxels * (recipe.instances + 4 * (recipe.border_weight > 0) + 4 * (len(truths[0]) > 1))
     every: list[Any] = [each.array for own in volumes for each in own]
     resident = sum(array.nbytes for array in every) + computed_bytes <= RESIDENT_BYTES
+    cache = chunk_cache(CACHED_BYTES)
 
     def voxels(volume: Labels | Image) -> Sliceable:
-        return np.asarray(volume.array[:]) if resident else open_voxels(volume.location / volume.levels[0].path)
+        if resident:
+            return np.asarray(volume.array[:])
+        return cast("Sliceable", open_voxels(volume.location / volume.levels[0].path, cache=cache))
 
     return [(voxels(image), tuple(map(voxels, truth))) for image, *truth in volumes]
 

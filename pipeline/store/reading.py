@@ -40,8 +40,23 @@ class LocalVoxels:
         return voxels
 
 
-def open_voxels(location: Location) -> Any:  # noqa: ANN401 zarr.Array or LocalVoxels: what has shape, dtype, chunks, []
-    """Return the array here for reading only.
+ChunkCache = tensorstore.Context
+
+
+def chunk_cache(n_bytes: int) -> ChunkCache:
+    """Return what holds the decoded chunks that were read last, ``n_bytes`` of them, of all arrays opened with it.
+
+    Arrays that are pickled together have one of their own where they go, as large and empty.
+    """
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": n_bytes}})
+
+
+def open_voxels(location: Location, *, cache: ChunkCache | None = None) -> Any:  # noqa: ANN401 zarr.Array or LocalVoxels
+    """Return the array here for reading only, an object with shape, dtype, chunks and [].
+
+    Parameters
+    ----------
+    cache : of chunks on a local disk, for what is read in no order; what others write meanwhile may go unseen
 
     Raises
     ------
@@ -51,5 +66,6 @@ def open_voxels(location: Location) -> Any:  # noqa: ANN401 zarr.Array or LocalV
     if not location.is_local:
         return array
     kvstore = {"driver": "file", "path": f"{location.absolute()}/"}
-    store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, read=True, open=True).result()
+    spec = {"driver": "zarr3", "kvstore": kvstore, "recheck_cached_data": cache is None or "open"}
+    store = tensorstore.open(spec, read=True, open=True, context=cache).result()
     return LocalVoxels(store, tuple(array.chunks))

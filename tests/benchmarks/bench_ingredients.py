@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_recipes import boundary_scores, cpu_s, images_of, nuclei
+from bench_recipes import cpu_s, images_of, nuclei
 from bench_training_peers import slices
+from boundaries import boundary_scores
 from scipy.ndimage import label as components
 
 from pipeline.config import Precision

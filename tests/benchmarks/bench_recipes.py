@@ -8,9 +8,7 @@ the comparison what the training never sees, not even to choose its weights.
 
 --tta compares the same network by each test-time augmentation in turn; --trained takes a model that is trained already.
 
-V_rand and V_info are the foreground-restricted scores of Arganda-Carreras et al. 2015 (doi:10.3389/fnana.2015.00142),
-the best over thresholds from 0.1 to 0.9, after the borders of each slice are thinned to lines of one voxel, by a
-watershed from the components between them.
+V_rand, V_info and both kinds of pixel error are those of ``boundaries``.
 
 The case "regression" removes noise that was added to fluorescence pictures of nuclei; beside it stand filters whose
 strength was chosen by the truth of the very pictures they are compared on.
@@ -30,11 +28,9 @@ import imagecodecs
 import numpy as np
 import tifffile
 import zarr
+from boundaries import boundary_scores, challenge_error
 from scipy.ndimage import gaussian_filter
-from scipy.ndimage import label as components
-from scipy.sparse import coo_matrix
 from skimage.restoration import denoise_nl_means
-from skimage.segmentation import watershed
 
 from pipeline.compute.runner import run_serial
 from pipeline.config import Precision, Scheme, Tta
@@ -55,7 +51,6 @@ from pipeline.unet.training.recipe import load_recipe
 
 UNLABELLED = 2**31
 NOISE = 20  # standard deviation of what is added, of 255 grey values
-THRESHOLDS = np.arange(0.1, 0.95, 0.1)
 FOLDS = ((0, 5), (5, 10), (10, 15), (15, 20), (20, 24))
 
 
@@ -161,37 +156,6 @@ def clean_of(image):
     return str(image).removesuffix(".zarr") + "-clean.zarr"
 
 
-def boundary_scores(boundary, truth):
-    """Return (V_rand, V_info) of the components between boundaries, both arrays (z, y, x), slice by slice."""
-    best = [0.0, 0.0]
-    for threshold in THRESHOLDS:
-        scores = []
-        for likely, interior in zip(boundary, truth, strict=True):
-            thinned = watershed(likely, components(likely <= threshold)[0], watershed_line=True)
-            scores.append(scores_of(thinned, components(interior)[0]))
-        best = [max(b, float(np.mean(s))) for b, s in zip(best, zip(*scores, strict=True), strict=True)]
-    return tuple(best)
-
-
-def scores_of(found, true):
-    """Return the Rand and information scores of two segmentations, over the voxels that are in the truth's foreground.
-
-    A voxel on a boundary of what was found is a segment of its own.
-    """
-    counted = true > 0
-    found, true = found[counted].astype(np.int64), true[counted]
-    alone = found == 0
-    found[alone] = found.max() + 1 + np.arange(alone.sum())
-    joint = coo_matrix((np.ones(len(found)), (found, true))).tocsr()
-    joint.sum_duplicates()
-    p, s, t = (each / len(found) for each in (joint.data, joint.sum(1).A1, joint.sum(0).A1))
-    p, s, t = p[p > 0], s[s > 0], t[t > 0]
-    rand = 2 * (p**2).sum() / ((s**2).sum() + (t**2).sum())
-    h_s, h_t = -(s * np.log(s)).sum(), -(t * np.log(t)).sum()
-    mutual = h_s + h_t + (p * np.log(p)).sum()
-    return rand, 2 * mutual / (h_s + h_t) if h_s + h_t else 1.0
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
@@ -254,7 +218,7 @@ def trained(learn, check, *, recipe, model, args):
 def score(case, images, parts, *, model, name, values, scheme):
     """Return Dice of each class over all held-back scans, and for membranes the scores of boundaries."""
     instances = case != "membrane2d"
-    table, rand, info, error = ContingencyTable.empty(len(values)), [], [], []
+    table, rand, info, error, challenge = ContingencyTable.empty(len(values)), [], [], [], []
     for path, part in zip(images, parts, strict=True):
         plan = plan_segment(path, model=str(model), name=name, probabilities=not instances, scheme=scheme)
         done = segment(plan, run=run_serial)
@@ -267,8 +231,10 @@ def score(case, images, parts, *, model, name, values, scheme):
             scores = boundary_scores(likely, part.truth > 0)
             rand.append(scores[0]), info.append(scores[1])
             error.append(float(((likely < 0.5) != (part.truth > 0)).mean()))
+            challenge.append(challenge_error(likely, part.truth > 0))
     figures = table.figures()
-    more = {"v_rand": np.mean(rand), "v_info": np.mean(info), "pixel_error": np.mean(error)} if rand else {}
+    found = {"v_rand": rand, "v_info": info, "pixel_error": error, "challenge_pixel_error": challenge}
+    more = {key: float(np.mean(each)) for key, each in found.items()} if rand else {}
     return {"dice": [each.dice for each in figures.classes], "accuracy": figures.accuracy, **more}
 
 

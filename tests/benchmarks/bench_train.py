@@ -2,13 +2,16 @@
 
 Threads and process read every patch from an OME-Zarr on disk, warped by the field of its augmentation, while steps are
 taken; memory has the very same batches in a list. All carry out the changes on the device, and take the same steps.
+What is timed begins after ``--skip`` steps, when most chunks are in the cache that a training has. With ``--cold`` it
+has none: so it is in a volume of many times the cache's size, where hardly any chunk is met again.
+
 A fourth one is fed from memory while a process reads for nobody, as fast as it can: on few cores, that two processes
 share them costs more than what passes between them. Rounds are interleaved; medians are told, and how they stand to
 those from memory: of the steps' time, and of the CPU time of the training's process, all threads of it. The first
 batch, for which the process has to start, is told by itself.
 
-    python tests/benchmarks/bench_train.py [--device cpu|cuda|host] [--rounds 5] [--steps 40] [--dims 2|3] [--width N]
-        [--host-ms 25]
+    python tests/benchmarks/bench_train.py [--device cpu|cuda|host] [--rounds 5] [--steps 40] [--skip 40] [--dims 2|3]
+        [--width N] [--host-ms 25] [--cold]
 
 ``--device host`` stands for the processor of a GPU's machine, where there is none: one thread copies each batch as it
 would for a GPU, and calls the operators of training steps, about ``--host-ms`` of them, on patches so small that they
@@ -30,6 +33,7 @@ from statistics import median
 import numpy as np
 import tifffile
 import torch
+from scipy.ndimage import gaussian_filter
 
 import pipeline.lesson
 from pipeline.config import Precision
@@ -49,16 +53,17 @@ from pipeline.unet.training.warp import unpacked
 
 AUGMENTATION = Augmentation(rotation_degrees=30, scale=0.2, gamma=0.3, noise=0.05)
 ELASTIC_SIGMA_VOXELS = {2: 10.0, 3: 3.0}
-SHAPES = {2: (4, 4096, 4096), 3: (192, 256, 256)}
+SHAPES = {2: (16, 1024, 1024), 3: (192, 256, 256)}
 MEMORY, BESIDE = "memory", "memory beside reading"
 BEGUN_S = 4.0
 
 
 def image_in(folder, dims):
-    """Write and ingest a scan of noise with labels; return the image's path."""
+    """Write and ingest a scan of blobs in noise, and the blobs as its labels; return the image's path."""
     rng, shape = np.random.default_rng(0), SHAPES[dims]
-    voxels = rng.integers(0, 256, shape, dtype=np.uint8)
-    for name, array in (("scan", voxels), ("truth", (voxels > 128).astype(np.uint8))):
+    blobs = gaussian_filter(rng.standard_normal(shape, np.float32), (0, 8, 8) if dims == 2 else 6) > 0
+    voxels = 100 + 50 * blobs + 20 * rng.standard_normal(shape, np.float32)
+    for name, array in (("scan", voxels.clip(0, 255).astype(np.uint8)), ("truth", blobs.astype(np.uint8))):
         tifffile.imwrite(folder / f"{name}.tif", array, photometric="minisblack")
     image = str(folder / "scan.zarr")
     ingest(str(folder / "scan.tif"), image, voxel_size_um=(0.01,) * 3)
@@ -95,19 +100,18 @@ def steps_of(device, image, recipe, lesson, *, host_ms):
     return take
 
 
-def timed(take, drawn):
-    """Return ms of a step, and of CPU time of this process, and of the first batch."""
-    begin, ends, loss = time.perf_counter(), [], None
+def timed(take, drawn, *, skip):
+    """Return ms of a step after the first few, and of CPU time of this process, and of the first batch."""
+    begin, ends, first = time.perf_counter(), [], 0.0
     for step, packed in drawn:
-        if not ends:
-            first = 1e3 * (time.perf_counter() - begin)
+        first = first or 1e3 * (time.perf_counter() - begin)
         loss = take(packed, step)
-        if not ends:
+        if step == skip:
             loss.item()
             ends.append((time.perf_counter(), time.process_time()))
     loss.item()  # of a GPU, which is done with all of them then
     ends.append((time.perf_counter(), time.process_time()))
-    return *(1e3 * (b - a) / (step - 1) for a, b in zip(*ends, strict=True)), first
+    return *(1e3 * (b - a) / (step - skip) for a, b in zip(*ends, strict=True)), first
 
 
 def read_for_nobody(task):
@@ -137,6 +141,8 @@ def main():
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "host"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--skip", type=int, default=40)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--host-ms", type=float, default=25.0)
@@ -145,25 +151,26 @@ def main():
     device = args.device if args.device == "host" else pick_device(args.device)
     keep_freed_memory()  # as ``fit`` does
     pipeline.lesson.RESIDENT_BYTES = 0  # read from disk, however small
+    pipeline.lesson.CACHED_BYTES *= not args.cold
     changes = replace(AUGMENTATION, elastic_sigma_voxels=ELASTIC_SIGMA_VOXELS[args.dims])
     recipe = Recipe(dims=args.dims, width=args.width, augmentation=changes, precision=Precision(args.precision))
     with tempfile.TemporaryDirectory() as folder:
         image = image_in(Path(folder), args.dims)
         lesson = open_lesson([image], labels="truth", recipe=recipe)
         take = steps_of(device, image, recipe, lesson, host_ms=args.host_ms)
-        task = Task(lesson.learn, recipe.batch_size(args.dims), 0, 1, args.steps + 1, slice(None))
+        task = Task(lesson.learn, recipe.batch_size(args.dims), 0, 1, args.skip + args.steps, slice(None))
         in_memory, rounds = list(task.batches()), {kind: [] for kind in (MEMORY, BESIDE, *Loading)}
         for number in range(args.rounds + 1):
             for kind, found in rounds.items():
                 with fed(kind, task, in_memory) as steps:
-                    found.append(timed(take, steps))
+                    found.append(timed(take, steps, skip=args.skip))
                 told = "{}: {:.2f} ms a step, {:.2f} ms of CPU time; {:.0f} ms for the first batch"
                 print("warm-up," * (not number), told.format(kind, *found[-1]), file=sys.stderr, flush=True)
     medians = {kind: [median(each) for each in zip(*found[1:], strict=True)] for kind, found in rounds.items()}
     memory = medians[MEMORY]
     json.dump({
         "device": device, "dims": args.dims, "width": lesson.settings.width, "precision": args.precision,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "cold": args.cold,
         "ms_per_step": {kind: round(each[0], 2) for kind, each in medians.items()},
         "cpu_ms_per_step": {kind: round(each[1], 2) for kind, each in medians.items()},
         "ms_of_first_batch": {kind: round(each[2]) for kind, each in medians.items()},

@@ -35,7 +35,8 @@ import numpy as np
 import tifffile
 import torch
 import zarr
-from bench_recipes import boundary_scores, cpu_s, images_of, membranes
+from bench_recipes import cpu_s, images_of, membranes
+from boundaries import boundary_scores, challenge_error
 from scipy.ndimage import label as components
 
 from pipeline.compute.runner import run_serial
@@ -129,6 +130,7 @@ def scores(found):
     got, want = likely >= 0.5, part.truth == 0
     return {
         "v_rand": v_rand, "v_info": v_info, "pixel_error": float((got != want).mean()),
+        "challenge_pixel_error": float(challenge_error(likely, part.truth > 0)),
         "dice_membrane": float(2 * (got & want).sum() / (got.sum() + want.sum())),
     }  # fmt: skip
 

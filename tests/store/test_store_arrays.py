@@ -1,4 +1,5 @@
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.store.arrays import Layout, create_array, done_shards, open_array, plan_layout, sweep, write_shard
 from pipeline.store.location import Location
-from pipeline.store.reading import open_voxels
+from pipeline.store.reading import chunk_cache, open_voxels
 
 
 def tensorstore_read(location):
@@ -114,6 +115,25 @@ def test_voxels_read_the_fast_way_are_those_that_zarr_reads(tmp_path_factory, dt
     ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     box = tuple(slice(a, b) for a, b in ends)
     np.testing.assert_array_equal(fast[box], written[box])
+
+
+def test_chunks_that_were_read_are_kept_as_many_as_the_cache_holds(tmp_path):
+    location, shape = Location(str(tmp_path / "array")), (1, 64, 2048)
+    create_array(location, shape=shape, dtype="uint8", layout=Layout((64, 64), (64, 64)), axes=("c", "y", "x"))
+    written, voxels = open_array(location), np.random.default_rng(0).integers(1, 100, shape, dtype=np.uint8)
+
+    def chunks_left(n_bytes):
+        written[:] = voxels
+        cached = open_voxels(location, cache=chunk_cache(n_bytes))
+        both = (cached, pickle.loads(pickle.dumps(cached)))  # the other one goes on with a cache of its own
+        for array in both:
+            np.testing.assert_array_equal(array[:, :, :], voxels)
+        written[:] = 0
+        return [np.count_nonzero(array[:, :, :].any(axis=(0, 1))) // 64 for array in both]
+
+    assert chunks_left(2**20) == [32, 32]
+    assert all(8 <= each <= 16 for each in chunks_left(2**16))
+    assert chunks_left(0) == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def _listen(pipe: Connection, free: SimpleQueue[int], parent: int) -> None:
 
 def main() -> None:
     """Be the process; the arguments are descriptors: of the pipe, of the task's memory, and of those for batches."""
+    os.nice(10)
     descriptor, task, *memories = map(int, sys.argv[1:])
     with Connection(descriptor) as pipe:
         try:
