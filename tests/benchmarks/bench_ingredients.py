@@ -62,12 +62,12 @@ ARMS = {
 class ZerosBeyond(Source):
     """A source that shows zeros outside the image instead of mirrored voxels."""
 
-    def intensities(self, box):
+    def intensities(self, box, turn=None):
         """Return what the network sees of a box of the image's voxels, (channels, *box.shape)."""
         inside = box.intersect(Box.whole(self.image.shape[1:]))
         x = np.zeros((len(self.image), *box.shape), np.float32)
         x[(slice(None), *inside.inside(box))] = Source.intensities(self, inside)
-        return x
+        return x if turn is None else turn.apply(x)
 
 
 def main():
