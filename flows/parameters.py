@@ -29,6 +29,9 @@ LabelName = Annotated[str, Described("The label volume, IMAGE/labels/NAME, or IM
 TruthPath = Annotated[
     str | None, Described("What to compare with: a label volume or a scan of integers; of predictions an image")
 ]
+Ignore = Annotated[
+    int | None, Described("Value of the truth where nobody has labelled, which does not count; empty: all counts")
+]
 Cluster = Annotated[str, Described('"local", or the address of a Dask scheduler such as tls://host:8786')]
 Workers = Annotated[
     Annotated[int, Field(ge=1)] | None,

@@ -121,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
     volumes_help = "IMAGE.zarr/labels/NAME or a scan of integers; or IMAGE.zarr/predictions/NAME, an image, or a scan"
     evaluate.add_argument("predicted", metavar="PREDICTED", help=volumes_help)
     evaluate.add_argument("truth", metavar="TRUTH", help=volumes_help)
+    ignore_help = "voxels with this value in the truth do not count, such as those that nobody has labelled"
+    evaluate.add_argument("--ignore", type=int, metavar="VALUE", help=ignore_help)
     return top
 
 

@@ -157,7 +157,9 @@ def verify(args: Namespace) -> Document:
 def evaluate(args: Namespace) -> Document:
     """Compare labels, or values, with the truth."""
     with bars(shown=True) as watch:
-        result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
+        result = resolve_name("pipeline.evaluate:evaluate")(
+            args.predicted, args.truth, ignore=args.ignore, watch=watch
+        )
     document: Document = result.to_json()
     return document
 

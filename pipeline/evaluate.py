@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -31,19 +32,22 @@ class Evaluated:
     ----------
     classes : names, in the order of the figures
     values : what each class is called in the truth
+    n_voxels, n_ignored : that count, and that do not; None where none were to be ignored
     """
 
     classes: tuple[str, ...]
     values: tuple[int, ...]
     n_voxels: int
     figures: Figures
+    n_ignored: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object; what is 0/0 is null."""
         document = self.figures.to_json()
         named = zip(self.classes, self.values, document.pop("classes"), strict=True)
         per_class = [{"class": name, "value": value} | each for name, value, each in named]
-        return {"voxels": self.n_voxels} | document | {"classes": per_class}
+        ignored = {} if self.n_ignored is None else {"voxels_ignored": self.n_ignored}
+        return {"voxels": self.n_voxels} | ignored | document | {"classes": per_class}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,9 @@ class Volume:
         return np.asarray(self.array[index])
 
 
-def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evaluated | Compared:
+def evaluate(
+    predicted: str, truth: str, *, ignore: int | None = None, watch: Watcher = UNWATCHED
+) -> Evaluated | Compared:
     """Compare two volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers: by classes.
 
     Predictions, images, and scans of floats or with channels are compared by their values.
@@ -73,12 +79,16 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
     Where the predicted labels know what their classes were called in training (0 and 255, say), a truth that is
     written in those values is translated.
 
+    Parameters
+    ----------
+    ignore : voxels with this value in the truth, or in a channel of it, do not count, whatever was predicted there
+
     Raises
     ------
     InputError : the volumes cannot be compared.
     """
     if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
-        return compare(predicted, truth, watch=watch)
+        return compare(predicted, truth, ignore=ignore, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
     if ours.shape != theirs.shape:
         raise ScanError(
@@ -86,17 +96,20 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
             "compare labels of the same scan"
         )
     grid = BlockGrid(ours.shape, _BLOCK[len(ours.shape)])
-    values, names = _classes(ours, theirs, grid)
+    values, names = _classes(ours, theirs, grid, ignore=ignore)
     ours_values = tuple(range(len(values))) if ours.classes else values
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
     table = ContingencyTable.empty(len(values))
     for block in grid:
         index = block.core.slices
         table = table + ContingencyTable.of(
-            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values
+            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values, ignore=ignore
         )
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
-    return Evaluated(names, values, int(table.counts.sum()), table.figures())
+    n_voxels = int(table.counts.sum())
+    return Evaluated(
+        names, values, n_voxels, table.figures(), None if ignore is None else prod(ours.shape) - n_voxels
+    )
 
 
 def open_volume(path: str) -> Volume:
@@ -114,9 +127,15 @@ def open_volume(path: str) -> Volume:
     return Volume(scan, path)
 
 
-def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _classes(
+    ours: Volume, theirs: Volume, grid: BlockGrid, *, ignore: int | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the values of the classes in the truth, and their names."""
-    found = _values(theirs, grid)
+    found = _values(theirs, grid, truth=theirs, ignore=ignore)
+    if not found:
+        raise InputError(
+            f"the truth must have voxels that count, got {ignore} in all of {theirs.path}; ignore another value"
+        )
     indices = tuple(range(len(ours.classes)))
     if ours.classes:
         # labels that name their own classes are written in indices, whatever their model's classes were called
@@ -127,15 +146,18 @@ def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, 
             f"the truth must hold the classes {ours.class_values} or {indices}, got {sorted(found)[:10]} in "
             f"{theirs.path}; translate its values"
         )
-    both = tuple(sorted(found | _values(ours, grid)))
+    both = tuple(sorted(found | _values(ours, grid, truth=theirs, ignore=ignore)))
     return both, tuple(map(str, both))
 
 
-def _values(volume: Volume, grid: BlockGrid) -> set[int]:
-    """Return all values of a label volume; refuses those that are no classes but instances."""
+def _values(volume: Volume, grid: BlockGrid, *, truth: Volume, ignore: int | None) -> set[int]:
+    """Return all values that a label volume has where it counts; refuses those that are no classes but instances."""
     found: set[int] = set()
     for block in grid:
-        found |= set(map(int, np.unique(volume.read(block.core.slices))))
+        labels = volume.read(block.core.slices)
+        if ignore is not None:
+            labels = labels[truth.read(block.core.slices) != ignore]
+        found |= set(map(int, np.unique(labels)))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(
                 f"evaluate compares at most {_LARGEST_CLASSES} classes, got more values in {volume.path}; give class "

@@ -83,15 +83,20 @@ def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path, r
     verbs = r"`(?:haloseg )?((?:ensemble|train|segment|evaluate|export|import) [^`]+)`"
     lines = [line for line in map(shlex.split, re.findall(verbs, text)) if "..." not in line]
     named = [line for line in lines if not line[1].startswith(("--", "smp:"))]
-    assert [line[0] for line in named] == ["ensemble", "train", "segment", "evaluate", "export", "import"]
-    for name, seed in (("noisy", 0), ("clean", 1)):
+    verbs = ["ensemble", "evaluate", "train", "segment", "evaluate", "export", "import"]
+    assert [line[0] for line in named] == verbs
+    for name, seed in (("noisy", 0), ("clean", 1), ("scan", 2)):
         scan_file(tmp_path / f"{name}.tif", (2, 96, 90), seed=seed)
         ingest(str(tmp_path / f"{name}.tif"), str(tmp_path / f"{name}.zarr"))
+    truth = np.resize(np.array([0, 1, 255], np.uint8), (2, 96, 90))
+    tifffile.imwrite(tmp_path / "truth.tif", truth, photometric="minisblack")
+    ingest_labels(str(tmp_path / "truth.tif"), image=str(tmp_path / "scan.zarr"), name="cells")
     for seed, name in enumerate(("cells", "a", "b")):
         model_file(tmp_path / f"{name}.safetensors", seed=seed)
-    together, _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])]) for line in named[:-1])
+    together, sparse, _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])]) for line in named[:-1])
     assert (tmp_path / "noisy.zarr" / "predictions" / "clean").samefile(written["prediction"])
     assert (together["networks"], together["model"]) == (2, "all.safetensors")
+    assert sparse["voxels"] == 2 * sparse["voxels_ignored"] == 2 * 96 * 90 * 2 // 3
     assert compared["rmse"] >= compared["mae"] > 0
     (tmp_path / packed["package"]).rename(tmp_path / named[-1][1])
     assert run(named[-1])["network"]["source"] == "bioimage.io package haloseg cells"
