@@ -157,10 +157,7 @@ def verify(args: Namespace) -> Document:
 def evaluate(args: Namespace) -> Document:
     """Compare labels, or values, with the truth."""
     with bars(shown=True) as watch:
-        result = resolve_name("pipeline.evaluate:evaluate")(
-            args.predicted, args.truth, ignore=args.ignore, watch=watch
-        )
-    document: Document = result.to_json()
+        document: Document = resolve_name("pipeline.evaluate:command")(args, watch=watch)
     return document
 
 

@@ -23,6 +23,7 @@ from pipeline.store.labels import read_labels
 from pipeline.store.location import Location
 from pipeline.store.predictions import read_prediction
 from pipeline.store.results import complete
+from pipeline.volumes import nothing_counts
 
 _BLOCK = {2: (2048, 2048), 3: (64, 256, 256)}
 
@@ -104,7 +105,7 @@ def compare(predicted: str, truth: str, *, ignore: int | None, watch: Watcher) -
             parts.append(Deviations.of(values, want))
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
     if not parts:
-        raise ScanError(f"the truth must have voxels that count, got {ignore} in all of {truth}; ignore another value")
+        raise nothing_counts(truth, ignore=ignore)
     total = reduce(add, parts)
     return Compared(total.n, total.figures(), None if ignore is None else prod(ours.shape) - total.n)
 

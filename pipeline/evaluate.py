@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.compare import Compared, compare, holds_values, is_labels
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.errors import InputError, ScanError
+from pipeline.errors import ArgumentError, InputError
 from pipeline.geometry.grid import BlockGrid
-from pipeline.geometry.mirror import Sliceable
 from pipeline.labels.metrics import ContingencyTable, Figures
-from pipeline.scans.backend import open_scan
-from pipeline.store.labels import open_labels, read_labels
-from pipeline.store.location import Location
+from pipeline.overlaps import evaluate_overlapping, holds_probabilities
+from pipeline.volumes import BLOCK, Volume, check_same_shape, nothing_counts, open_volume
 
-_BLOCK = {2: (2048, 2048), 3: (128, 256, 256)}
 _LARGEST_CLASSES = 256
 
 
@@ -50,25 +47,6 @@ class Evaluated:
         return {"voxels": self.n_voxels} | ignored | document | {"classes": per_class}
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """Integer labels of any origin, to be sliced; ``classes`` and ``class_values`` where they are known."""
-
-    array: Sliceable
-    path: str
-    classes: tuple[str, ...] = ()
-    class_values: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels along the spatial axes."""
-        return tuple(self.array.shape)
-
-    def read(self, index: tuple[slice, ...]) -> NDArray[Any]:
-        """Return the labels under the slices."""
-        return np.asarray(self.array[index])
-
-
 def evaluate(
     predicted: str, truth: str, *, ignore: int | None = None, watch: Watcher = UNWATCHED
 ) -> Evaluated | Compared:
@@ -90,12 +68,8 @@ def evaluate(
     if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
         return compare(predicted, truth, ignore=ignore, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
-    if ours.shape != theirs.shape:
-        raise ScanError(
-            f"predicted labels and truth must have one shape, got {ours.shape} and {theirs.shape}; "
-            "compare labels of the same scan"
-        )
-    grid = BlockGrid(ours.shape, _BLOCK[len(ours.shape)])
+    check_same_shape(ours.shape, theirs.shape)
+    grid = BlockGrid(ours.shape, BLOCK[len(ours.shape)])
     values, names = _classes(ours, theirs, grid, ignore=ignore)
     ours_values = tuple(range(len(values))) if ours.classes else values
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
@@ -112,30 +86,13 @@ def evaluate(
     )
 
 
-def open_volume(path: str) -> Volume:
-    """Return the integer labels at ``IMAGE.zarr/labels/NAME`` or in a scan file."""
-    location = Location(str(path))
-    if read_labels(location) is not None:
-        labels = open_labels(location)
-        return Volume(labels.array, path, labels.classes, labels.class_values)
-    scan = open_scan(path)
-    if scan.dtype.kind not in "iub" or "c" in scan.dims:
-        raise ScanError(
-            f"labels must be integers without channels, got {scan.dtype} with axes {''.join(map(str, scan.dims))} in "
-            f"{path}; convert them first"
-        )
-    return Volume(scan, path)
-
-
 def _classes(
     ours: Volume, theirs: Volume, grid: BlockGrid, *, ignore: int | None
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the values of the classes in the truth, and their names."""
     found = _values(theirs, grid, truth=theirs, ignore=ignore)
     if not found:
-        raise InputError(
-            f"the truth must have voxels that count, got {ignore} in all of {theirs.path}; ignore another value"
-        )
+        raise nothing_counts(theirs.path, ignore=ignore)
     indices = tuple(range(len(ours.classes)))
     if ours.classes:
         # labels that name their own classes are written in indices, whatever their model's classes were called
@@ -164,3 +121,18 @@ def _values(volume: Volume, grid: BlockGrid, *, truth: Volume, ignore: int | Non
                 "labels, not instances"
             )
     return found
+
+
+def command(args: Namespace, *, watch: Watcher) -> dict[str, Any]:
+    """Compare as the command line asks."""
+    if holds_probabilities(args.predicted) and (args.channel or not holds_values(args.truths[0])):
+        return evaluate_overlapping(
+            args.predicted, args.truths, channels=args.channel, threshold=args.threshold, ignore=args.ignore,
+            watch=watch,
+        ).to_json()  # fmt: skip
+    if len(args.truths) > 1 or args.channel or args.threshold is not None:
+        raise ArgumentError(
+            "several truths, --channel and --threshold are for probabilities of labels that overlap, got "
+            f"{args.predicted}; give IMAGE/probabilities/NAME"
+        )
+    return evaluate(args.predicted, args.truths[0], ignore=args.ignore, watch=watch).to_json()
