@@ -132,7 +132,7 @@ def command(args: Namespace, *, watch: Watcher) -> dict[str, Any]:
         ).to_json()  # fmt: skip
     if len(args.truths) > 1 or args.channel or args.threshold is not None:
         raise ArgumentError(
-            "several truths, --channel and --threshold are for probabilities of labels that overlap, got "
-            f"{args.predicted}; give IMAGE/probabilities/NAME"
+            "several truths, --channel and --threshold need probabilities of labels that overlap, got none at "
+            f"{args.predicted}; give IMAGE/probabilities/NAME, which segment --probabilities writes"
         )
     return evaluate(args.predicted, args.truths[0], ignore=args.ignore, watch=watch).to_json()

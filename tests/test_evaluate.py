@@ -221,9 +221,10 @@ def test_probabilities_are_compared_with_probabilities_by_their_values(overlappi
         (["p", "small.npy", "--channel", "cells"], "must have one shape, got (3, 40, 30) and (3, 40, 29)"),
         (["p", "real.npy", "--channel", "cells"], "labels must be integers without channels, got float32"),
         (["p", "all.npy", "--channel", "cells", "--ignore", "255"], "must have voxels that count, got 255 in all of "),
-        (["cells.npy", "cells.npy", "cells.npy"], "are for probabilities of labels that overlap, got cells.npy; give"),
-        (["cells.npy", "cells.npy", "--threshold", "0.4"], "and --threshold are for probabilities of labels that"),
-        (["cells.npy", "cells.npy", "--channel", "cells"], "several truths, --channel and --threshold are for"),
+        (["cells.npy", "cells.npy", "cells.npy"], "need probabilities of labels that overlap, got none at cells.npy"),
+        (["cells.npy", "cells.npy", "--threshold", "0.4"], "and --threshold need probabilities of labels that"),
+        (["cells.npy", "cells.npy", "--channel", "cells"], "several truths, --channel and --threshold need"),
+        (["none", "cells.npy", "--channel", "cells"], "got none at scan.zarr/probabilities/none; give IMAGE/prob"),
         (["s", "cells.npy"], "must overlap, got those of classes (class 0, class 1, class 2) at "),
     ],
 )
@@ -236,7 +237,7 @@ def test_what_cannot_be_compared_label_by_label_is_refused(overlapping, monkeypa
         settings = UNetSettings(dims=2, width=4, depth=1, n_classes=3, padding=Padding.SAME)
         plan = plan_segment("scan.zarr", model=model_file("s.safetensors", settings), name="s", probabilities=True)
         segment(plan, run=run_serial)
-    placed = [f"scan.zarr/probabilities/{each}" if each in {"p", "s"} else each for each in arguments]
+    placed = [f"scan.zarr/probabilities/{each}" if each in {"p", "s", "none"} else each for each in arguments]
     document, lines = told(capsys, "evaluate", *placed)
     assert document is None
     assert len(lines) == 1
