@@ -22,6 +22,7 @@ def main() -> None:
     for name in ("archive", "model", "name", "cluster"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--truth")
+    parser.add_argument("--ignore", type=int)
     parser.add_argument("--every", type=float)
     parser.add_argument("--cron")
     parser.add_argument("--settle", type=float, required=True)
@@ -32,7 +33,7 @@ def main() -> None:
             "archive", interval=args.every, cron=args.cron, concurrency_limit=alone, tags=["archive"],
             parameters={
                 "archive": args.archive, "model": args.model, "name": args.name, "truth": args.truth,
-                "cluster": args.cluster, "settle_s": args.settle,
+                "ignore": args.ignore, "cluster": args.cluster, "settle_s": args.settle,
             },
             description="Segments every scan of the archive that is not done yet.",
         ),

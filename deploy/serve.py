@@ -148,7 +148,8 @@ def _run(args: argparse.Namespace, home: Path, archive: Path, services: list[Ser
     add("deployments", sys.executable, str(ROOT / "deploy" / "deployments.py"), "--archive", str(archive), "--model",
         str(Path(args.model).resolve()), "--name", args.name, "--cluster", address, "--settle", str(args.settle),
         *(["--every", str(args.every)] if not args.cron else ["--cron", args.cron]),
-        *(["--truth", args.truth] if args.truth else []))  # fmt: skip
+        *(["--truth", args.truth] if args.truth else []),
+        *(["--ignore", str(args.ignore)] if args.ignore is not None else []))  # fmt: skip
     tell(f"Prefect UI     http://127.0.0.1:{args.port}")
     tell(f"Dask           http://127.0.0.1:{args.dask_port + 1}/metrics, {n_workers} workers at {address}"
          + (f", and {n_hosts} without a GPU that copy" if n_hosts else ""))
@@ -167,6 +168,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(DEMO / "model.safetensors"), help="model file (default: the demo's)")
     parser.add_argument("--name", default="classes", help="the label volume of each image (default classes)")
     parser.add_argument("--truth", help='where truths lie: "{stem}-truth.tif"')
+    parser.add_argument("--ignore", type=int, help="value of the truths where nobody has labelled (default: none)")
     parser.add_argument("--every", type=float, default=300.0, help="seconds between looks at the archive (default 300)")
     parser.add_argument("--cron", help='look at the archive by a cron line instead, such as "0 20 * * *"')
     parser.add_argument("--settle", type=float, default=60.0, help="a scan changed less long ago is still being copied")

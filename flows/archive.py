@@ -31,6 +31,7 @@ from flows.parameters import (
     Budget,
     BudgetHours,
     Cluster,
+    Ignore,
     ImageFolder,
     LabelName,
     Limit,
@@ -101,11 +102,11 @@ def segment_archive(
     images: ImageFolder = None, truth: TruthTemplate = None, cluster: Cluster = "local", workers: Workers = None,
     budget_bytes: Budget = None, limit: Limit = None, budget_hours: BudgetHours = None,
     settle_s: Settle = 60.0, scans_at_once: AtOnce = 2, priority: Priority = [],  # noqa: B006 shown in the UI's form
-    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE,
+    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE, ignore: Ignore = None,
 ) -> State[Any]:
     """Segment every scan of an archive that is not done yet; scans that fail stop no others and are tried next time."""
     settings = {"cluster": cluster, "workers": workers, "budget_bytes": budget_bytes}
-    settings |= {"precision": precision, "tta": tta}
+    settings |= {"precision": precision, "tta": tta, "ignore": ignore}
     deadline_s = monotonic() + 3600 * budget_hours if budget_hours else float("inf")
     try:
         what = Archive(

@@ -29,6 +29,9 @@ LabelName = Annotated[str, Described("The label volume, IMAGE/labels/NAME, or IM
 TruthPath = Annotated[
     str | None, Described("What to compare with: a label volume or a scan of integers; of predictions an image")
 ]
+Ignore = Annotated[
+    int | None, Described("Value of the truth where nobody has labelled, which does not count; empty: all counts")
+]
 Cluster = Annotated[str, Described('"local", or the address of a Dask scheduler such as tls://host:8786')]
 Workers = Annotated[
     Annotated[int, Field(ge=1)] | None,
@@ -66,7 +69,10 @@ TruthName = Annotated[
 HeldOut = Annotated[list[str], Described("Images to validate on, not to learn from; empty: a part of each")]
 Targets = Annotated[list[str], Described("What to make of each image, then of those held out, in order")]
 ImagePaths = Annotated[list[str], Field(min_length=1), Described("Images to learn from, each with the labels")]
-Minutes = Annotated[float, Field(gt=0), Described("Learn for so long at most")]
+Minutes = Annotated[float, Field(gt=0), Described("Learn for so long at most, all members together")]
+Members = Annotated[
+    int, Field(ge=1, le=16), Described("So many networks learn, one after another, and make one model, an ensemble")
+]
 RecipePath = Annotated[
     str | None, Described("A recipe that ships, such as membrane2d, or one in TOML; empty: the usual settings")
 ]

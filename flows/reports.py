@@ -79,14 +79,16 @@ def _figures(figures: Evaluated | Compared | None) -> list[tuple[str, str]]:
     """Return how good a result is, where there was a truth."""
     if figures is None:
         return []
+    ignored = [] if figures.n_ignored is None else [("voxels of the truth that do not count", f"{figures.n_ignored:,}")]
     if isinstance(figures, Compared):
         psnr = figures.figures.psnr_db
         return [
+            *ignored,
             ("MAE", f"{figures.figures.mae:.4g}"), ("RMSE", f"{figures.figures.rmse:.4g}"),
             ("PSNR", "-" if psnr is None else f"{psnr:.2f} dB"),
         ]  # fmt: skip
     named = zip(figures.classes, figures.figures.classes, strict=True)
-    rows = [("accuracy", f"{figures.figures.accuracy:.4f}")]
+    rows = [*ignored, ("accuracy", f"{figures.figures.accuracy:.4f}")]
     return rows + [(f"Dice of {name}", f"{each.dice:.4f}") for name, each in named]
 
 

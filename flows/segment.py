@@ -17,6 +17,7 @@ from flows.parameters import (
     Augmentation,
     Budget,
     Cluster,
+    Ignore,
     ImagePath,
     LabelName,
     ModelPath,
@@ -133,16 +134,16 @@ def _runner(
 
 
 @stage("evaluate")
-def evaluate_stage(predicted: str, truth: str) -> Figures:
+def evaluate_stage(predicted: str, truth: str, *, ignore: int | None) -> Figures:
     """Compare the result with the truth."""
     with watched(key=key_of(predicted, "truth")) as watch:
-        return evaluate(predicted, truth, watch=watch)
+        return evaluate(predicted, truth, ignore=ignore, watch=watch)
 
 
-def _evaluated(result: str, truth: str | None) -> tuple[Figures | None, str]:
+def _evaluated(result: str, truth: str | None, *, ignore: int | None) -> tuple[Figures | None, str]:
     """Return the figures, or why a truth cannot be compared with: that makes a good result no worse."""
     try:
-        return (evaluate_stage(result, truth) if truth else None), ""
+        return (evaluate_stage(result, truth, ignore=ignore) if truth else None), ""
     except InputError as error:
         get_run_logger().warning("not evaluated: %s", error)
         return None, str(error)
@@ -163,7 +164,7 @@ def report_stage(image: str, result: Segmented, *, figures: Figures | None, caus
 def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
     cluster: Cluster = "local", workers: Workers = None, budget_bytes: Budget = None, shard: Shard = None,
-    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE,
+    precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE, ignore: Ignore = None,
 ) -> Made:
     """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
     try:
@@ -180,7 +181,7 @@ def segment_scan(
                 precision=precision, tta=tta,
             )  # fmt: skip
             result = replace(result, retries=result.retries.after("ingest", copied))
-            figures, cause = _evaluated(str(result.result.location), truth)
+            figures, cause = _evaluated(str(result.result.location), truth, ignore=ignore)
             report_stage(path, result, figures=figures, cause=cause)
     except GivenUpError as error:
         return cast("Made", Cancelled(message=str(error)))

@@ -117,11 +117,23 @@ def parser() -> argparse.ArgumentParser:
     name_help = "IMAGE/labels/NAME, or IMAGE/predictions/NAME of a network trained with --target"
     segment.add_argument("--name", required=True, metavar="NAME", help=name_help)
     _add_verify(verb("verify", "compute sampled boxes of a result again and tell the difference", cluster))
-    evaluate = verb("evaluate", "compare with the truth: labels by Dice, Jaccard, accuracy; values by MAE, RMSE, PSNR")
-    volumes_help = "IMAGE.zarr/labels/NAME or a scan of integers; or IMAGE.zarr/predictions/NAME, an image, or a scan"
-    evaluate.add_argument("predicted", metavar="PREDICTED", help=volumes_help)
-    evaluate.add_argument("truth", metavar="TRUTH", help=volumes_help)
+    evaluate_help = "compare with the truth: labels by Dice, Jaccard, accuracy; values by MAE, RMSE, PSNR"
+    _add_evaluate(verb("evaluate", evaluate_help))
     return top
+
+
+def _add_evaluate(verb: argparse.ArgumentParser) -> None:
+    volumes_help = "IMAGE.zarr/labels/NAME or a scan of integers; or IMAGE.zarr/predictions/NAME, an image, or a scan"
+    overlap_help = "; or IMAGE.zarr/probabilities/NAME of labels that overlap"
+    verb.add_argument("predicted", metavar="PREDICTED", help=volumes_help + overlap_help)
+    truths_help = f"{volumes_help}; of labels that overlap one for each, in their order, not zero where the label is"
+    verb.add_argument("truths", nargs="+", metavar="TRUTH", help=truths_help)
+    ignore_help = "voxels with this value in the truth do not count, such as those that nobody has labelled"
+    verb.add_argument("--ignore", type=int, metavar="VALUE", help=ignore_help)
+    channel_help = "which labels that overlap the truths are of, by name (default: all)"
+    verb.add_argument("--channel", type=_words, default=(), metavar="NAME[,NAME]", help=channel_help)
+    threshold_help = "which the probability of a label that overlaps others must exceed (default 0.5)"
+    verb.add_argument("--threshold", type=float, metavar="P", help=threshold_help)
 
 
 def _add_ingest(verb: argparse.ArgumentParser) -> None:

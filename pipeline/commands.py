@@ -157,8 +157,7 @@ def verify(args: Namespace) -> Document:
 def evaluate(args: Namespace) -> Document:
     """Compare labels, or values, with the truth."""
     with bars(shown=True) as watch:
-        result = resolve_name("pipeline.evaluate:evaluate")(args.predicted, args.truth, watch=watch)
-    document: Document = result.to_json()
+        document: Document = resolve_name("pipeline.evaluate:command")(args, watch=watch)
     return document
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import add
 from typing import Any
 
@@ -22,20 +23,28 @@ from pipeline.store.labels import read_labels
 from pipeline.store.location import Location
 from pipeline.store.predictions import read_prediction
 from pipeline.store.results import complete
+from pipeline.volumes import nothing_counts
 
 _BLOCK = {2: (2048, 2048), 3: (64, 256, 256)}
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Figures of values against the truth."""
+    """Figures of values against the truth.
+
+    Attributes
+    ----------
+    n_voxels, n_ignored : that count, and that do not; None where none were to be ignored
+    """
 
     n_voxels: int
     figures: DeviationFigures
+    n_ignored: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object; what is 0/0 is null."""
-        return {"voxels": self.n_voxels} | self.figures.to_json()
+        ignored = {} if self.n_ignored is None else {"voxels_ignored": self.n_ignored}
+        return {"voxels": self.n_voxels} | ignored | self.figures.to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +77,10 @@ def is_labels(path: str) -> bool:
     return read_labels(Location(str(path))) is not None
 
 
-def compare(predicted: str, truth: str, *, watch: Watcher) -> Compared:
+def compare(predicted: str, truth: str, *, ignore: int | None, watch: Watcher) -> Compared:
     """Compare the values of two volumes of the same shape and channels, each a prediction, an image, or a scan.
+
+    Voxels where a channel of the truth is ``ignore`` do not count.
 
     Raises
     ------
@@ -86,10 +97,17 @@ def compare(predicted: str, truth: str, *, watch: Watcher) -> Compared:
     grid, parts = BlockGrid(ours.shape, _BLOCK[len(ours.shape)]), list[Deviations]()
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
     for block in grid:
-        parts.append(Deviations.of(ours.read(block.core), theirs.read(block.core)))
+        values, want = ours.read(block.core), theirs.read(block.core)
+        if ignore is not None:
+            counting = (want != ignore).all(axis=0)
+            values, want = values[:, counting], want[:, counting]
+        if want.size:
+            parts.append(Deviations.of(values, want))
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
+    if not parts:
+        raise nothing_counts(truth, ignore=ignore)
     total = reduce(add, parts)
-    return Compared(total.n, total.figures())
+    return Compared(total.n, total.figures(), None if ignore is None else prod(ours.shape) - total.n)
 
 
 def open_values(path: str) -> Values:

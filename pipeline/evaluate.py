@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.compare import Compared, compare, holds_values, is_labels
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED, Watcher
-from pipeline.errors import InputError, ScanError
+from pipeline.errors import ArgumentError, InputError
 from pipeline.geometry.grid import BlockGrid
-from pipeline.geometry.mirror import Sliceable
 from pipeline.labels.metrics import ContingencyTable, Figures
-from pipeline.scans.backend import open_scan
-from pipeline.store.labels import open_labels, read_labels
-from pipeline.store.location import Location
+from pipeline.overlaps import evaluate_overlapping, holds_probabilities
+from pipeline.volumes import BLOCK, Volume, check_same_shape, nothing_counts, open_volume
 
-_BLOCK = {2: (2048, 2048), 3: (128, 256, 256)}
 _LARGEST_CLASSES = 256
 
 
@@ -31,41 +29,27 @@ class Evaluated:
     ----------
     classes : names, in the order of the figures
     values : what each class is called in the truth
+    n_voxels, n_ignored : that count, and that do not; None where none were to be ignored
     """
 
     classes: tuple[str, ...]
     values: tuple[int, ...]
     n_voxels: int
     figures: Figures
+    n_ignored: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object; what is 0/0 is null."""
         document = self.figures.to_json()
         named = zip(self.classes, self.values, document.pop("classes"), strict=True)
         per_class = [{"class": name, "value": value} | each for name, value, each in named]
-        return {"voxels": self.n_voxels} | document | {"classes": per_class}
+        ignored = {} if self.n_ignored is None else {"voxels_ignored": self.n_ignored}
+        return {"voxels": self.n_voxels} | ignored | document | {"classes": per_class}
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """Integer labels of any origin, to be sliced; ``classes`` and ``class_values`` where they are known."""
-
-    array: Sliceable
-    path: str
-    classes: tuple[str, ...] = ()
-    class_values: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels along the spatial axes."""
-        return tuple(self.array.shape)
-
-    def read(self, index: tuple[slice, ...]) -> NDArray[Any]:
-        """Return the labels under the slices."""
-        return np.asarray(self.array[index])
-
-
-def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evaluated | Compared:
+def evaluate(
+    predicted: str, truth: str, *, ignore: int | None = None, watch: Watcher = UNWATCHED
+) -> Evaluated | Compared:
     """Compare two volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers: by classes.
 
     Predictions, images, and scans of floats or with channels are compared by their values.
@@ -73,50 +57,42 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
     Where the predicted labels know what their classes were called in training (0 and 255, say), a truth that is
     written in those values is translated.
 
+    Parameters
+    ----------
+    ignore : voxels with this value in the truth, or in a channel of it, do not count, whatever was predicted there
+
     Raises
     ------
     InputError : the volumes cannot be compared.
     """
     if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
-        return compare(predicted, truth, watch=watch)
+        return compare(predicted, truth, ignore=ignore, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
-    if ours.shape != theirs.shape:
-        raise ScanError(
-            f"predicted labels and truth must have one shape, got {ours.shape} and {theirs.shape}; "
-            "compare labels of the same scan"
-        )
-    grid = BlockGrid(ours.shape, _BLOCK[len(ours.shape)])
-    values, names = _classes(ours, theirs, grid)
+    check_same_shape(ours.shape, theirs.shape)
+    grid = BlockGrid(ours.shape, BLOCK[len(ours.shape)])
+    values, names = _classes(ours, theirs, grid, ignore=ignore)
     ours_values = tuple(range(len(values))) if ours.classes else values
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
     table = ContingencyTable.empty(len(values))
     for block in grid:
         index = block.core.slices
         table = table + ContingencyTable.of(
-            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values
+            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values, ignore=ignore
         )
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
-    return Evaluated(names, values, int(table.counts.sum()), table.figures())
+    n_voxels = int(table.counts.sum())
+    return Evaluated(
+        names, values, n_voxels, table.figures(), None if ignore is None else prod(ours.shape) - n_voxels
+    )
 
 
-def open_volume(path: str) -> Volume:
-    """Return the integer labels at ``IMAGE.zarr/labels/NAME`` or in a scan file."""
-    location = Location(str(path))
-    if read_labels(location) is not None:
-        labels = open_labels(location)
-        return Volume(labels.array, path, labels.classes, labels.class_values)
-    scan = open_scan(path)
-    if scan.dtype.kind not in "iub" or "c" in scan.dims:
-        raise ScanError(
-            f"labels must be integers without channels, got {scan.dtype} with axes {''.join(map(str, scan.dims))} in "
-            f"{path}; convert them first"
-        )
-    return Volume(scan, path)
-
-
-def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _classes(
+    ours: Volume, theirs: Volume, grid: BlockGrid, *, ignore: int | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the values of the classes in the truth, and their names."""
-    found = _values(theirs, grid)
+    found = _values(theirs, grid, truth=theirs, ignore=ignore)
+    if not found:
+        raise nothing_counts(theirs.path, ignore=ignore)
     indices = tuple(range(len(ours.classes)))
     if ours.classes:
         # labels that name their own classes are written in indices, whatever their model's classes were called
@@ -127,18 +103,36 @@ def _classes(ours: Volume, theirs: Volume, grid: BlockGrid) -> tuple[tuple[int, 
             f"the truth must hold the classes {ours.class_values} or {indices}, got {sorted(found)[:10]} in "
             f"{theirs.path}; translate its values"
         )
-    both = tuple(sorted(found | _values(ours, grid)))
+    both = tuple(sorted(found | _values(ours, grid, truth=theirs, ignore=ignore)))
     return both, tuple(map(str, both))
 
 
-def _values(volume: Volume, grid: BlockGrid) -> set[int]:
-    """Return all values of a label volume; refuses those that are no classes but instances."""
+def _values(volume: Volume, grid: BlockGrid, *, truth: Volume, ignore: int | None) -> set[int]:
+    """Return all values that a label volume has where it counts; refuses those that are no classes but instances."""
     found: set[int] = set()
     for block in grid:
-        found |= set(map(int, np.unique(volume.read(block.core.slices))))
+        labels = volume.read(block.core.slices)
+        if ignore is not None:
+            labels = labels[truth.read(block.core.slices) != ignore]
+        found |= set(map(int, np.unique(labels)))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(
                 f"evaluate compares at most {_LARGEST_CLASSES} classes, got more values in {volume.path}; give class "
                 "labels, not instances"
             )
     return found
+
+
+def command(args: Namespace, *, watch: Watcher) -> dict[str, Any]:
+    """Compare as the command line asks."""
+    if holds_probabilities(args.predicted) and (args.channel or not holds_values(args.truths[0])):
+        return evaluate_overlapping(
+            args.predicted, args.truths, channels=args.channel, threshold=args.threshold, ignore=args.ignore,
+            watch=watch,
+        ).to_json()  # fmt: skip
+    if len(args.truths) > 1 or args.channel or args.threshold is not None:
+        raise ArgumentError(
+            "several truths, --channel and --threshold need probabilities of labels that overlap, got none at "
+            f"{args.predicted}; give IMAGE/probabilities/NAME, which segment --probabilities writes"
+        )
+    return evaluate(args.predicted, args.truths[0], ignore=args.ignore, watch=watch).to_json()

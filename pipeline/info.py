@@ -9,6 +9,7 @@ from pipeline.store.image import Image, read_image
 from pipeline.store.labels import Labels, published, read_labels
 from pipeline.store.location import Location
 from pipeline.store.predictions import Prediction, published_predictions, read_prediction
+from pipeline.store.probabilities import Probabilities, is_complete, read_probabilities
 from pipeline.store.results import is_published
 
 
@@ -26,6 +27,8 @@ def info(path: str) -> dict[str, Any]:
         return _labels(labels)
     if (prediction := read_prediction(location)) is not None:
         return _prediction(prediction)
+    if (probabilities := read_probabilities(location)) is not None:
+        return _probabilities(probabilities)
     scan = open_scan(path)
     size = scan.attrs.get("voxel_size_um")
     return {
@@ -69,4 +72,14 @@ def _prediction(prediction: Prediction) -> dict[str, Any]:
         "chunk": list(prediction.layout.chunk), "shard": list(prediction.layout.shard),
         "made_by": made.get("made_by"), "model": made.get("model"),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in prediction.levels],
+    }  # fmt: skip
+
+
+def _probabilities(probabilities: Probabilities) -> dict[str, Any]:
+    axes = "c" + "zyx"[-len(probabilities.spatial_shape) :]
+    return {
+        "path": str(probabilities.location), "kind": "probabilities", "complete": is_complete(probabilities),
+        "axes": axes, "shape": list(probabilities.array.shape), "dtype": "float32",
+        "channels": list(probabilities.channels), "overlap": probabilities.overlap,
+        "chunk": list(probabilities.layout.chunk), "shard": list(probabilities.layout.shard),
     }  # fmt: skip

@@ -211,7 +211,8 @@ def _probabilities(result: Result, image: Image, *, n_outputs: int) -> Probabili
     if not isinstance(result, Labels):
         raise ArgumentError("probabilities need a network with classes, got a linear head; leave --probabilities out")
     location = image.location / "probabilities" / result.location.name
-    planned = Probabilities(location, result.layout, n_outputs, result.fingerprint)
+    overlap = len(result.classes) > n_outputs  # one more than a sigmoid's channels, for none
+    planned = Probabilities(location, result.layout, result.classes[-n_outputs:], overlap, result.fingerprint)
     check_same_probabilities(planned)
     return planned
 

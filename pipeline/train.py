@@ -46,6 +46,13 @@ class TrainResult:
     wall_s: float
 
     @property
+    def curves(self) -> tuple[str, ...]:
+        """Where the learning curves of each network are drawn."""
+        n = len(self.networks)
+        paths = [self.path] if n == 1 else [member_path(self.path, at) for at in range(1, n + 1)]
+        return tuple(f"{path}.curves.png" for path in paths)
+
+    @property
     def best(self) -> Validation:
         """The validation of lowest loss, of all networks."""
         return min((each.fitted.best for each in self.networks), key=lambda best: best.loss)
@@ -169,12 +176,17 @@ def _of_members(alone: Training, n: int) -> list[Training]:
     log, minutes = alone.tensorboard, alone.minutes
     return [
         replace(
-            alone, path=f"{alone.path}.member-{at}", title=f"{alone.title}, member {at} of {n}",
+            alone, path=member_path(alone.path, at), title=f"{alone.title}, member {at} of {n}",
             seed=alone.seed + at - 1, minutes=minutes and minutes / n,
             tensorboard=log and f"{log.rstrip('/')}/member-{at}",
         )
         for at in range(1, n + 1)
     ]  # fmt: skip
+
+
+def member_path(model: str, at: int) -> str:
+    """Return what the files of a member, counted from 1, are called after."""
+    return f"{model}.member-{at}"
 
 
 def usual_recipe(targets: Sequence[str]) -> Recipe:

@@ -83,10 +83,11 @@ def _overlapping(each: list[list[Labels]], names: list[str], *, recipe: Recipe) 
         raise ArgumentError(
             f"overlapping labels must be at most {MOST_LABELS} different volumes, got {','.join(names)}; name each once"
         )
-    if recipe.loss is not Loss.BINARY_CROSS_ENTROPY:
+    if not recipe.loss.is_of_labels:
         raise ArgumentError(
             f"overlapping labels need a loss that takes each for itself, got {recipe.loss} for {','.join(names)}; set "
-            f'loss = "{Loss.BINARY_CROSS_ENTROPY}" in the recipe, or name one label volume'
+            f'loss = "{Loss.BINARY_CROSS_ENTROPY}" or "{Loss.DICE_BINARY_CROSS_ENTROPY}" in the recipe, or name one '
+            "label volume"
         )
     if asked := [name for name in ("border_weight", "balance_classes") if getattr(recipe, name)]:
         raise ArgumentError(

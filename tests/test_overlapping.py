@@ -55,8 +55,9 @@ def slide(tmp_path_factory):
     return image_of(tmp_path_factory.mktemp("slide"), "a", voxels, fine=fine, bright=bright.astype(np.uint8))
 
 
-def test_each_label_is_learnt_and_segmented_for_itself(slide, tmp_path):
-    recipe = replace(RECIPE, ignore=9)
+@pytest.mark.parametrize("loss", [Loss.BINARY_CROSS_ENTROPY, Loss.DICE_BINARY_CROSS_ENTROPY])
+def test_each_label_is_learnt_and_segmented_for_itself(slide, tmp_path, loss):
+    recipe = replace(RECIPE, ignore=9, loss=loss)
     result = train([slide], labels="fine,bright", model=str(tmp_path / "m.safetensors"), recipe=recipe)
     assert (result.model.classes, result.model.class_values) == (("none", "fine", "bright"), (0, 1, 2))
     assert result.model.training["images"][0]["labels"] == ["fine", "bright"]
@@ -88,6 +89,11 @@ def test_labels_in_memory_and_on_disk_are_learnt_alike(slide, tmp_path, monkeypa
     [
         ("fine,fine", {}, "15 different volumes, got fine,fine; name each once"),
         ("fine,bright", {"loss": Loss.DICE}, 'got dice for fine,bright; set loss = "binary_cross_entropy"'),
+        ("fine,bright", {"loss": Loss.DICE_CROSS_ENTROPY}, 'or "dice_binary_cross_entropy" in the recipe, or name one'),
+        (
+            "fine,bright", {"loss": Loss.DICE_BINARY_CROSS_ENTROPY, "border_weight": 9, "instances": True},
+            "no weights of classes or of borders, got border_weight; leave",
+        ),
         ("fine,bright", {"balance_classes": True}, "no weights of classes or of borders, got balance_classes; leave"),
         ("fine,bright", {"classes": ("a", "b")}, r"none and each of the labels fine,bright, got \('a', 'b'\); give 3"),
         ("fine,", {}, "a label name has letters, digits"),

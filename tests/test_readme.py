@@ -15,6 +15,7 @@ from volumes import model_file, scan_file
 
 from pipeline.cli import main
 from pipeline.ingest import ingest, ingest_labels
+from pipeline.unet.settings import Head, UNetSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,15 +84,29 @@ def test_the_commands_in_the_readmes_sentences_run_on_what_they_name(tmp_path, r
     verbs = r"`(?:haloseg )?((?:ensemble|train|segment|evaluate|export|import) [^`]+)`"
     lines = [line for line in map(shlex.split, re.findall(verbs, text)) if "..." not in line]
     named = [line for line in lines if not line[1].startswith(("--", "smp:"))]
-    assert [line[0] for line in named] == ["ensemble", "train", "segment", "evaluate", "export", "import"]
-    for name, seed in (("noisy", 0), ("clean", 1)):
+    verbs = ["ensemble", "evaluate", "evaluate", "train", "segment", "evaluate", "export", "import"]
+    assert [line[0] for line in named] == verbs
+    for name, seed in (("noisy", 0), ("clean", 1), ("scan", 2)):
         scan_file(tmp_path / f"{name}.tif", (2, 96, 90), seed=seed)
         ingest(str(tmp_path / f"{name}.tif"), str(tmp_path / f"{name}.zarr"))
+    truth = np.resize(np.array([0, 1, 255], np.uint8), (2, 96, 90))
+    tifffile.imwrite(tmp_path / "truth.tif", truth, photometric="minisblack")
+    ingest_labels(str(tmp_path / "truth.tif"), image=str(tmp_path / "scan.zarr"), name="cells")
+    settings = UNetSettings(dims=2, width=2, depth=1, head=Head.SIGMOID)
+    model = model_file(tmp_path / "parts.safetensors", settings, classes=("none", "cells", "nuclei"))
+    run(["segment", str(tmp_path / "scan.zarr"), "--model", model, "--name", "parts", "--probabilities"])
+    for name in ("cells", "nuclei"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", truth, photometric="minisblack")
     for seed, name in enumerate(("cells", "a", "b")):
         model_file(tmp_path / f"{name}.safetensors", seed=seed)
-    together, _, written, compared, packed = (run([*line, *QUICKLY.get(line[0], [])]) for line in named[:-1])
+    done = [run([*line, *QUICKLY.get(line[0], [])]) for line in named[:-1]]
+    together, sparse, overlapping, _, written, compared, packed = done
     assert (tmp_path / "noisy.zarr" / "predictions" / "clean").samefile(written["prediction"])
     assert (together["networks"], together["model"]) == (2, "all.safetensors")
+    assert sparse["voxels"] == 2 * sparse["voxels_ignored"] == 2 * 96 * 90 * 2 // 3
+    assert [(each["label"], each["voxels"]) for each in overlapping["labels"]] == [
+        ("cells", truth.size), ("nuclei", truth.size)
+    ]  # fmt: skip
     assert compared["rmse"] >= compared["mae"] > 0
     (tmp_path / packed["package"]).rename(tmp_path / named[-1][1])
     assert run(named[-1])["network"]["source"] == "bioimage.io package haloseg cells"

@@ -33,6 +33,10 @@ class ClassFigures:
     n_truth: int
     n_predicted: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object, with null for NaN, which JSON does not know."""
+        return _without_nan(asdict(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -59,9 +63,7 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object, with null for NaN, which JSON does not know."""
-        document = asdict(self)
-        document["classes"] = [_without_nan(each) for each in document["classes"]]
-        return _without_nan(document)
+        return _without_nan(asdict(self)) | {"classes": [each.to_json() for each in self.classes]}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from prefect.artifacts import Artifact
 from volumes import model_file, scan_file
@@ -111,3 +112,16 @@ def test_an_archive_that_is_not_there_fails_in_one_line(server, archive):
     state = run(archive / "nowhere")
     assert state.is_failed()
     assert state.message.startswith("an archive must be a folder or prefix that exists, got ")
+
+
+def test_what_nobody_has_labelled_in_the_truth_does_not_count(server, archive):
+    truth = np.full((8, 20, 20), 255, np.uint8)
+    truth[:2] = 0
+    np.save(archive / "a-truth.npy", truth)
+    for ignore, told in ((255, "| voxels of the truth that do not count | 2,400 |"), (None, "- **not evaluated**: ")):
+        name = f"ignored-{ignore}".lower()
+        state = run(archive, name=name, pattern="a.tif", truth="{stem}-truth.npy", ignore=ignore)
+        assert state.message.startswith("1 scans: 1 published")
+        report = Artifact.get(key=key_of(str(archive / "a.zarr"), name, "report")).data
+        assert told in report
+        assert ("| accuracy | " in report) is bool(ignore)

@@ -3,6 +3,7 @@
 import base64
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -10,10 +11,12 @@ import pytest
 pytest.importorskip("prefect")
 
 from prefect.artifacts import Artifact
+from prefect.exceptions import ParameterTypeError
 from test_train import image_of, textures
 
 from flows import train as train_flow
 from flows.train import Course, train_model
+from pipeline.config import Tta
 from pipeline.unet.model import load_model
 from pipeline.unet.training.course import Validation
 from pipeline.unet.training.loading import Loading
@@ -71,6 +74,63 @@ def test_a_process_that_reads_for_a_flow_is_gone_afterwards_and_when_it_is_cance
     assert set(psutil.Process().children()) == children
 
 
+class StoppedAt:
+    """Stands for a flow that is cancelled at so many validations."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def is_set(self):
+        self.left -= 1
+        return not self.left
+
+
+def test_members_are_shown_one_by_one_and_a_cancelled_run_goes_on_with_the_one_that_it_was_at(
+    server, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_flow, "SECONDS_BETWEEN_UPDATES", 0.0)
+    image, model = image_of(tmp_path, "a", *textures((96, 96))), str(tmp_path / "both.safetensors")
+    (tmp_path / "r.toml").write_text("width = 2\ndepth = 1\npatch = 16\nbatch = 2\nsteps = 6\nvalidate_every = 2\n")
+    about = {"recipe": str(tmp_path / "r.toml"), "members": 3}
+    monkeypatch.setattr(train_flow, "given_up", lambda: StoppedAt(5))  # of the second member the second
+    assert train_model([image], "truth", model, **about, return_state=True).is_cancelled()
+    progress, rows = (Artifact.get(key=f"both-{kind}") for kind in ("train", "curve"))
+    assert progress.data == pytest.approx(100 * (1 + 4 / 6) / 3)
+    assert progress.description.startswith("member 2 of 3, step 4 of 6, ")
+    assert [(row["member"], row["step"]) for row in json.loads(rows.data)] == [(1, 2), (1, 4), (1, 6), (2, 2), (2, 4)]
+    assert not Path(model).exists()
+
+    monkeypatch.undo()
+    monkeypatch.setattr(train_flow, "SECONDS_BETWEEN_UPDATES", 0.0)
+    result = train_model([image], "truth", model, **about)
+    assert (result["networks"], result["steps"], result["steps_before"]) == (3, 18, 6 + 4)
+    assert load_model(model).passes(Tta.NONE).n_networks == 3
+    progress, table = Artifact.get(key="both-train"), Artifact.get(key="both-curve")
+    best = [each["best_step"] for each in result["members"]]
+    assert progress.data == 100.0
+    assert progress.description.startswith("member 3 of 3, step 6 of 6, ")
+    rows = json.loads(table.data)
+    assert [(row["member"], row["step"]) for row in rows] == [(at, step) for at in (1, 2, 3) for step in (2, 4, 6)]
+    assert [(row["member"], row["step"]) for row in rows if row["best so far"]] == list(enumerate(best, start=1))
+    page = Artifact.get(key="both-curves").data
+    for at in (1, 2, 3):
+        picture = base64.b64encode((tmp_path / f"both.safetensors.member-{at}.curves.png").read_bytes()).decode()
+        assert f"## Member {at}\n\n![learning curves](data:image/png;base64,{picture})\n" in page
+        assert f"both, member {at} of 3" in caplog.text
+    picture = base64.b64encode((tmp_path / "both.safetensors.sample.png").read_bytes()).decode()
+    assert "and what the 3 networks make, on average, of it." in page
+    assert f"![image, truth, prediction](data:image/png;base64,{picture})" in page
+
+
+@pytest.mark.parametrize("members", [0, 17])
+def test_members_have_bounds_that_the_form_tells(server, tmp_path, members):
+    told = train_model.parameters.properties["members"]
+    assert (told["minimum"], told["maximum"], told["default"]) == (1, 16, 1)
+    assert "an ensemble" in told["description"]
+    with pytest.raises(ParameterTypeError, match="members"):
+        train_model(["a.zarr"], "truth", str(tmp_path / "m"), members=members)
+
+
 def test_a_training_that_fails_says_why_in_one_line(server, tmp_path):
     state = train_model([str(tmp_path / "none.zarr")], "truth", str(tmp_path / "m"), return_state=True)
     assert state.is_failed()
@@ -85,4 +145,23 @@ def test_a_course_is_shown_by_steps_or_by_time(monkeypatch):
     assert shown == [pytest.approx(25, abs=0.1)]
     course.put(replace(now, step=100, loss=0.6))
     assert course.summary.startswith("step 100 of 200, ")
+    assert course.summary.endswith("best so far at step 50: loss held out 0.5000, Dice 0.900, -")
+
+
+def test_members_share_the_course_by_steps_and_by_time(monkeypatch):
+    shown, now_s = [], 0.0
+    monkeypatch.setattr(train_flow, "monotonic", lambda: now_s)
+    monkeypatch.setattr(Course, "write", lambda _, percent: shown.append(percent))
+    course, now = Course("m", n_steps=200, minutes=60, members=4), Validation(50, 1.0, 0.5, (0.9, None))
+    course.begins()
+    course.put(now)  # a quarter of the steps of the first of four
+    now_s = 7.5 * 60
+    course.put(now)  # half of its quarter of an hour
+    course.put(replace(now, step=200))
+    course.begins()
+    course.put(replace(now, loss=0.7))
+    now_s = 60 * 60
+    course.put(now)  # more than its time
+    assert shown == pytest.approx([100 / 16, 100 / 8, 100 / 4, 100 / 4 + 100 / 16, 100 / 2])
+    assert course.summary.startswith("member 2 of 4, step 50 of 200, 1 h 0 min of 1 h 0 min; ")
     assert course.summary.endswith("best so far at step 50: loss held out 0.5000, Dice 0.900, -")

@@ -31,7 +31,7 @@ def by_numpy(loss, logits, classes, borders, class_weights, gamma=2.0):
     for at in zip(*np.nonzero(classes != IGNORED), strict=True):
         c, (b, *place) = classes[at], at
         w = (1.0 if class_weights is None else class_weights[c]) + (0.0 if borders is None else borders[at])
-        if loss is Loss.BINARY_CROSS_ENTROPY:
+        if loss.is_of_labels:
             p = 1 / (1 + np.exp(-logits[(b, slice(None), *place)]))
             g = np.arange(1, len(p) + 1) == c
             each = np.mean(-np.where(g, np.log(p), np.log(1 - p)))
@@ -40,10 +40,10 @@ def by_numpy(loss, logits, classes, borders, class_weights, gamma=2.0):
             each = -np.log(p) * ((1 - p) ** gamma if loss is Loss.FOCAL else 1)
         sums, weights = sums + w * each, weights + w
     total = 0.0 if loss is Loss.DICE else sums / weights
-    if loss in {Loss.DICE, Loss.DICE_CROSS_ENTROPY}:
-        overlaps = []
+    if loss in {Loss.DICE, Loss.DICE_CROSS_ENTROPY, Loss.DICE_BINARY_CROSS_ENTROPY}:
+        overlaps, likely = [], 1 / (1 + np.exp(-logits)) if loss.is_of_labels else likely
         for c in range(logits.shape[1]):
-            g, p = (classes == c).astype(float), likely[:, c] * (classes != IGNORED)
+            g, p = (classes == c + loss.is_of_labels).astype(float), likely[:, c] * (classes != IGNORED)
             if g.any():
                 overlaps.append(2 * (g * p).sum() / ((g**2).sum() + (p**2).sum()))
         total += 1 - np.mean(overlaps)
@@ -55,7 +55,7 @@ def by_numpy(loss, logits, classes, borders, class_weights, gamma=2.0):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_are_their_formulas(loss, shape, weighted):
     logits, classes, borders = drawn(shape)
-    n_classes = shape[1] + (loss is Loss.BINARY_CROSS_ENTROPY)
+    n_classes = shape[1] + loss.is_of_labels
     by_class = np.linspace(0.5, 2, n_classes) if weighted else None
     borders = borders if weighted else None
     objective = Objective(loss, None if by_class is None else torch.from_numpy(by_class))
@@ -96,7 +96,7 @@ def test_a_batch_without_labels_has_no_loss_and_no_gradient(loss):
 @pytest.mark.parametrize("loss", OF_CLASSES)
 def test_what_is_right_costs_nothing_and_what_is_wrong_costs_more(loss):
     _, classes, _ = drawn((2, 3, 6, 7))
-    channels = np.arange(3) + (loss is Loss.BINARY_CROSS_ENTROPY)
+    channels = np.arange(3) + loss.is_of_labels
     right = torch.from_numpy(np.where(classes[:, None] == channels.reshape(1, 3, 1, 1), 40.0, -40.0))
     objective, truth = Objective(loss), torch.from_numpy(classes)
     assert float(objective(right, truth)) == pytest.approx(0, abs=1e-6)

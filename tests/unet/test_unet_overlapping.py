@@ -49,20 +49,60 @@ def codes_of(labels):
     return torch.from_numpy(np.stack([Overlapping(tuple(each))[:, :] for each in labels])).long()
 
 
-def test_the_loss_is_the_mean_over_what_is_known_of_each_label():
-    logits, labels = drawn()
+OF_LABELS = [each for each in Loss if each.is_of_labels]
+
+
+def by_numpy(loss, logits, labels):
+    """Return the mean cross-entropy over what is known, and of Dice one minus the mean over labels that are there."""
     known, p = labels >= 0, 1 / (1 + np.exp(-logits))
-    each = -np.where(labels == 1, np.log(p), np.log(1 - p))
-    objective = Objective(Loss.BINARY_CROSS_ENTROPY, n_overlapping=3)
-    found = objective(torch.tensor(logits), codes_of(labels))
-    assert float(found) == pytest.approx(each[known].mean(), rel=1e-6)
+    found = -np.where(labels == 1, np.log(p), np.log(1 - p))[known].mean()
+    if loss is Loss.BINARY_CROSS_ENTROPY:
+        return found
+    overlaps = []
+    for c in range(labels.shape[1]):
+        likely, has = p[:, c][known[:, c]], labels[:, c][known[:, c]] == 1
+        if has.any():
+            overlaps.append(2 * likely[has].sum() / ((likely**2).sum() + has.sum()))
+    return found + (1 - np.mean(overlaps) if overlaps else 0)
 
 
-def test_what_is_unknown_of_a_label_has_no_gradient():
+@pytest.mark.parametrize("absent", [[], [1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_the_loss_is_over_what_is_known_of_each_label(loss, absent):
     logits, labels = drawn()
-    x = torch.tensor(logits, requires_grad=True)
-    Objective(Loss.BINARY_CROSS_ENTROPY, n_overlapping=3)(x, codes_of(labels)).backward()
+    labels[:, absent] = np.minimum(labels[:, absent], 0)  # known of some voxels that they do not have it
+    found = Objective(loss, n_overlapping=3)(torch.tensor(logits), codes_of(labels))
+    assert float(found) == pytest.approx(by_numpy(loss, logits, labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_what_is_unknown_of_a_label_has_no_gradient_and_no_effect(loss):
+    logits, labels = drawn()
+    x, codes, objective = torch.tensor(logits, requires_grad=True), codes_of(labels), Objective(loss, n_overlapping=3)
+    value = objective(x, codes)
+    value.backward()
     assert np.array_equal(x.grad.numpy() != 0, labels >= 0)
+    other = torch.where(torch.from_numpy(labels < 0), 30 * torch.randn_like(x), x)
+    assert torch.equal(objective(other, codes), value)
+
+
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_gradients_of_labels_are_those_of_finite_differences(loss):
+    logits, labels = drawn((2, 3, 3, 4))
+    objective, codes = Objective(loss, n_overlapping=3), codes_of(labels)
+    assert torch.autograd.gradcheck(lambda x: objective(x, codes), torch.tensor(logits, requires_grad=True))
+
+
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_labels_that_are_right_cost_nothing_and_what_nobody_knows_at_all_has_no_loss(loss):
+    _, labels = drawn()
+    objective = Objective(loss, n_overlapping=3)
+    right = torch.from_numpy(np.where(labels == 1, 40.0, -40.0)).requires_grad_()
+    assert objective(right, codes_of(labels)).item() == pytest.approx(0, abs=1e-6)
+    value = objective(right, codes_of(np.full_like(labels, -1)))
+    value.backward()
+    assert value.item() == 0
+    assert (right.grad == 0).all()
 
 
 def test_dice_is_of_each_label_and_of_none_where_they_are_known():

@@ -39,7 +39,7 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ("[loss]\nname = 1", "loss must be one of cross_entropy, dice, "),
         ("contrast = 0.2", r"got .'contrast'.; put contrast below \[augmentation\]"),
         ("[augmentation]\nsteps = 3", r"got .'steps'.; put steps above \[augmentation\]"),
-        ('loss = "l3"', "loss must be one of cross_entropy, dice, dice_cross_entropy, binary_cross_entropy, focal"),
+        ('loss = "l3"', "one of cross_entropy, dice, dice_cross_entropy, binary_cross_entropy, dice_binary_cross_en"),
         ('optimiser = "lion"', "optimiser must be one of adamw, sgd"),
         ('schedule = "step"', "schedule must be one of constant, cosine, poly, plateau"),
         ("momentum = 1", "momentum must be at least 0 and below 1, got 1.0; use 0.99"),
@@ -117,8 +117,9 @@ def test_the_scale_of_intensities_is_read(tmp_path, text, expected):
     assert recipe.voxel_size_um == ((5.0, 0.5) if "voxel" in text else ())
 
 
-def test_a_sigmoid_has_no_channel_for_the_first_class():
-    settings = Recipe(loss=Loss.BINARY_CROSS_ENTROPY).network(dims=2, in_channels=1, n_classes=4)
+@pytest.mark.parametrize("loss", [Loss.BINARY_CROSS_ENTROPY, Loss.DICE_BINARY_CROSS_ENTROPY])
+def test_a_sigmoid_has_no_channel_for_the_first_class(loss):
+    settings = Recipe(loss=loss).network(dims=2, in_channels=1, n_classes=4)
     assert (settings.head, settings.n_classes, settings.n_labels) == (Head.SIGMOID, 3, 4)
     assert Recipe().network(dims=2, in_channels=1, n_classes=4).n_classes == 4
 

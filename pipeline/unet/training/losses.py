@@ -27,6 +27,7 @@ class Loss(StrEnum):
     DICE = "dice"  # one minus the overlap of each class (doi:10.1109/3DV.2016.79)
     DICE_CROSS_ENTROPY = "dice_cross_entropy"  # their sum
     BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # of a sigmoid for each label, or each class but the first, none
+    DICE_BINARY_CROSS_ENTROPY = "dice_binary_cross_entropy"  # that, and one minus the overlap of each of them
     FOCAL = "focal"  # cross-entropy with less of what is right already (doi:10.1109/ICCV.2017.324)
     L1 = "l1"  # of values: the mean distance from the target; tends to the median of what may be
     L2 = "l2"  # of values: the mean squared distance; tends to the mean
@@ -35,6 +36,11 @@ class Loss(StrEnum):
     def is_of_values(self) -> bool:
         """Whether it compares values with a target image, voxel by voxel, not classes with labels."""
         return self in (Loss.L1, Loss.L2)
+
+    @property
+    def is_of_labels(self) -> bool:
+        """Whether it takes each label for itself, by a sigmoid: a voxel may have any number of them."""
+        return self in (Loss.BINARY_CROSS_ENTROPY, Loss.DICE_BINARY_CROSS_ENTROPY)
 
     @property
     def takes_weights(self) -> bool:
@@ -82,9 +88,10 @@ class Objective:
                 return dice(logits, classes)
             case Loss.DICE_CROSS_ENTROPY:
                 return dice(logits, classes) + cross_entropy(logits, classes, weights)
-            case Loss.BINARY_CROSS_ENTROPY:
+            case Loss.BINARY_CROSS_ENTROPY | Loss.DICE_BINARY_CROSS_ENTROPY:
                 truth, known = (of_codes if self.n_overlapping else of_classes)(classes, logits.shape[1])
-                return binary_cross_entropy(logits, truth, weights.unsqueeze(1) * known)
+                each = binary_cross_entropy(logits, truth, weights.unsqueeze(1) * known)
+                return each if self.loss is Loss.BINARY_CROSS_ENTROPY else each + dice_of_labels(logits, truth, known)
             case Loss.FOCAL:
                 return focal(logits, classes, weights, gamma=self.focal_gamma)
             case Loss.L1 | Loss.L2:
@@ -165,9 +172,24 @@ def dice(logits: Tensor, classes: Tensor) -> Tensor:
     Milletari et al. 2016, doi:10.1109/3DV.2016.79, equation 3, for several classes.
     """
     counted = (classes != IGNORED).unsqueeze(1)
-    truth = (_one_hot(classes, logits.shape[1]) & counted).to(logits.dtype)
-    likely = logits.softmax(dim=1) * counted
-    over = (0, *range(2, logits.ndim))
+    return _dice(logits.softmax(dim=1) * counted, _one_hot(classes, logits.shape[1]) & counted)
+
+
+def dice_of_labels(logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Return the same of labels of which a voxel may have any number, over the voxels where each is known.
+
+    A label that no voxel of the batch has is left out, as a class is.
+
+    Parameters
+    ----------
+    truth, known : bool, of the shape of the logits
+    """
+    return _dice(logits.sigmoid() * known, truth & known)
+
+
+def _dice(likely: Tensor, truth: Tensor) -> Tensor:
+    """Return one minus the mean overlap of the channels that are in the truth; both zero where nobody knows."""
+    truth, over = truth.to(likely.dtype), (0, *range(2, likely.ndim))
     both, likely_squared, n_true = total(
         torch.stack([(likely * truth).sum(over), likely.square().sum(over), truth.sum(over)])
     ).unbind()

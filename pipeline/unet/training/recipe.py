@@ -79,8 +79,8 @@ class Recipe:
     warm_up_steps : over which the rate rises to what the schedule says
     plateau_patience : of the schedule plateau, validations without progress
     clip_norm : longest gradient, as the norm over all weights; a longer one is shortened; 0 takes all as they are
-    loss : what is made small; binary_cross_entropy makes a sigmoid head, which several label volumes that overlap need
-        (train --labels A,B); l1 and l2 make a linear one, which learns
+    loss : what is made small; binary_cross_entropy and dice_binary_cross_entropy make a sigmoid head, which several
+        label volumes that overlap need (train --labels A,B); l1 and l2 make a linear one, which learns
         target images instead of labels: denoising, say. Targets keep their grey values: set brightness and contrast of
         [augmentation] to 0, as the recipe ``regression`` does, or the network learns to undo them
     focal_gamma : of the focal loss, how much less a voxel counts that is nearly right
@@ -211,7 +211,7 @@ class Recipe:
 
         For losses of values ``n_classes`` are the channels of the target.
         """
-        sigmoid = self.loss is Loss.BINARY_CROSS_ENTROPY
+        sigmoid = self.loss.is_of_labels
         head = Head.LINEAR if self.loss.is_of_values else Head.SIGMOID if sigmoid else Head.SOFTMAX
         return UNetSettings(
             dims=dims, in_channels=in_channels, n_classes=n_classes - sigmoid,
