@@ -42,6 +42,11 @@ def export_bioimageio(
     network = load_model(model)
     if network.target_windows:
         raise ModelError(f"a package must be of a network with classes, got a linear head in {model}; segment with it")
+    if beside := network.settings.neighbours:
+        raise ModelError(
+            f"a package must be of a network that sees one slice at a time, got {beside} neighbours on each side in "
+            f"{model}; segment with it"
+        )
     package = packaged(
         network, name=name, authors=authors or ("unknown",), licence=licence, npy=_npy, tiff=_tiff
     )

@@ -21,11 +21,12 @@ from pipeline.store.scaling import Window
 from pipeline.truths import Truth, check_alike, check_asked, of_labels, of_targets
 from pipeline.unet.settings import UNetSettings
 from pipeline.unet.training.borders import Borders, Separated, in_memory
+from pipeline.unet.training.dims import choose_dims
 from pipeline.unet.training.learner import training_rule
 from pipeline.unet.training.orientation import orientations
 from pipeline.unet.training.overlapping import Overlapping
 from pipeline.unet.training.patches import Patches
-from pipeline.unet.training.recipe import Recipe, choose_dims
+from pipeline.unet.training.recipe import Recipe
 from pipeline.unet.training.resampled import Steps, seen_region, steps_between
 from pipeline.unet.training.source import Source
 from pipeline.unet.training.targets import UNKNOWN, Known, Target
@@ -88,7 +89,7 @@ def open_lesson(
     places = [str(image.location.absolute()) for image in opened]
     if both := set(places[: len(images)]) & set(places[len(images) :]):
         raise ArgumentError(f"images that are held out must not be learnt from, got {min(both)}; name it once")
-    check_alike(opened, resampled=bool(recipe.voxel_size_um))
+    check_alike(opened, resampled=bool(recipe.voxel_size_um), neighbours=recipe.neighbours)
     truth = of_labels(opened, labels, recipe=recipe) if labels else of_targets(opened, targets, n_learnt=len(images))
     size, shapes = _seen_size(opened, recipe=recipe), [_seen_shape(each, recipe.voxel_size_um) for each in opened]
     dims = choose_dims(recipe, shapes=shapes, voxel_size_um=size)
@@ -150,7 +151,7 @@ def _patches(
     """Return patches of whole images, in which the network sees voxels of this size."""
     rule, core = training_rule(settings), settings.in_proportion(recipe.patch_core(settings))
     if len(images[0].spatial_shape) > settings.dims:
-        rule, core = rule.over_slices(), (1, *core)
+        rule, core = rule.over_slices(settings.neighbours), (1, *core)
     spacing = _spacing(size or (1.0,) * len(core), dims=settings.dims)
     turns = orientations(core, halo=rule.halo, voxel_size_um=size)
     turns = turns if recipe.augmentation.flips else turns[:1]

@@ -47,7 +47,7 @@ class Plan:
     grid : one block per shard of the label volume
     columns : how the scan is streamed; None where it is run by overlapping tiles
     tile_shape : of overlapping tiles, what enters the network at once, along the image's spatial axes; slices first
-        for a 2-D network; empty where the scan is streamed
+        for a 2-D network, without their neighbours; empty where the scan is streamed
     n_units : columns, or tiles
     peak_bytes : activations, weights and buffers of one worker, without the interpreter and its libraries
     multiply_adds : multiplications of the whole run
@@ -132,7 +132,7 @@ def plan_segment(
     check_turns(network.settings, scheme.tta)
     check_rotations(of, scheme.tta)
     slices = len(of.spatial_shape) - network.settings.dims
-    rule = _over(network, slices)
+    rule = network.rule.over_slices(network.settings.neighbours) if slices else network.rule
     layout = same_layout(of, rule.stride)
     grid = BlockGrid(of.spatial_shape, layout.shard, rule.halo, rule.stride)
     result = result_of(of, network, model, name=name, layout=layout, scheme=scheme)
@@ -152,11 +152,6 @@ def plan_segment(
         multiply_adds / bare, read * of.n_channels * of.array.dtype.itemsize, prod(grid.shape) * output_bytes,
         scheme.n_workers,
     )  # fmt: skip
-
-
-def _over(model: Model, slices: int) -> TileRule:
-    """Return the network's rule over the image's spatial axes."""
-    return model.rule.over_slices() if slices else model.rule
 
 
 _Counted = tuple[Columns | None, tuple[int, ...], int, int, int, int]
@@ -186,7 +181,6 @@ def streaming_of(
 def _tiled(image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_bytes: int) -> _Counted:
     """Return the tile, how many there are, bytes of a worker, multiplications, and voxels read."""
     slices = len(grid.shape) - model.settings.dims
-    rule = _over(model, slices)
     passes = model.passes(scheme.tta)
     buffers = _buffer_bytes(grid, image, output_bytes)
     if scheme.taken is EngineName.REFERENCE:
@@ -197,7 +191,8 @@ def _tiled(image: Image, model: Model, grid: BlockGrid, scheme: Scheme, output_b
         model, grid, slices=slices, tile=scheme.tile, budget_bytes=scheme.bound_bytes - buffers, tta=scheme.tta
     )
     activations = peak_bytes(model.settings, tile[slices:], n_slices=prod(tile[:slices]), passes=passes)
-    n_tiles, multiply_adds, read = _counts(grid, rule, rule.core_shape(tile), model.settings)
+    core = (*tile[:slices], *model.rule.core_shape(tile[slices:]))
+    n_tiles, multiply_adds, read = _counts(grid, core, model.settings)
     return None, tile, n_tiles, buffers + activations, passes.n * multiply_adds, read
 
 
@@ -219,14 +214,16 @@ def _probabilities(result: Result, image: Image, *, n_outputs: int) -> Probabili
 
 def check_fit(model: Model, *, n_spatial: int, n_channels: int, path: str) -> None:
     """Refuse a model that takes other dimensions or channels than the scan has."""
-    if model.settings.dims > n_spatial:
+    beside = model.settings.neighbours
+    if model.settings.dims + (beside > 0) > n_spatial:
+        seen, without = (f" that sees {beside} slices on each side", " without neighbours") if beside else ("", "")
         raise ModelError(
-            f"a {model.settings.dims}-D network needs a volume, got a scan with {n_spatial} spatial axes for {path}; "
-            "use a 2-D model"
+            f"a {model.settings.dims}-D network{seen} needs a volume, got a scan with {n_spatial} spatial axes for "
+            f"{path}; use a 2-D model{without}"
         )
-    if model.settings.in_channels != n_channels:
+    if model.settings.image_channels != n_channels:
         raise ModelError(
-            f"the scan must have the network's {model.settings.in_channels} channels, got {n_channels} for {path}; "
+            f"the scan must have the network's {model.settings.image_channels} channels, got {n_channels} for {path}; "
             "use a model trained on such scans"
         )
 
@@ -280,19 +277,18 @@ def _buffer_bytes(grid: BlockGrid, image: Image, output_bytes: int) -> int:
 
 
 def _counts(
-    grid: BlockGrid, rule: TileRule, core: tuple[int, ...], settings: UNetSettings | ForeignSettings
+    grid: BlockGrid, core: tuple[int, ...], settings: UNetSettings | ForeignSettings
 ) -> tuple[int, int, int]:
     """Return tiles, their multiplications, and voxels read, over all blocks; tiles differ in size at borders only."""
     read = 1
     axes: list[Counter[int]] = []
-    for n, c, h, s, t in zip(grid.shape, grid.core_shape, rule.halo, rule.stride, core, strict=True):
+    for n, c, h, s, t in zip(grid.shape, grid.core_shape, grid.halo, grid.align, core, strict=True):
         axis, one = BlockGrid((n,), (c,), (h,), (s,)), TileRule((s,), (h,), (0,))
         sizes = Counter(one.tile_shape(part.shape)[0] for block in axis for part in one.cores(block.core.shape, (t,)))
         axes.append(sizes)
         read *= sum(block.tile.clip((n,)).n_voxels for block in axis)
     slices = len(grid.shape) - settings.dims
-    n_slices = sum(size * n for size, n in axes[0].items()) if slices else 1
-    multiply_adds = n_slices * sum(
+    multiply_adds = prod(grid.shape[:slices]) * sum(
         prod(n for _, n in kinds) * tile_multiply_adds(settings, tuple(size for size, _ in kinds))
         for kinds in product(*(sizes.items() for sizes in axes[slices:]))
     )

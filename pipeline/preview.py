@@ -73,7 +73,7 @@ def preview(
     batch = batch_of([patch for _, drawn in steps for patch in drawn][:N_PATCHES], device="cpu")
     columns = []
     for number, x in enumerate(batch.images.numpy()):
-        grey = _grey(_middle(x[0]))
+        grey = _grey(_middle(x[lesson.settings.neighbours]))
         if batch.target is None:
             classes = batch.classes[number].numpy()
             below = _over(grey, _middle(first_of(classes) if lesson.learn.n_overlapping else classes))

@@ -112,7 +112,7 @@ class Training:
         lesson, settings = self.lesson, self.lesson.settings
         return Model(
             settings, lesson.classes, lesson.class_values, self.recipe.normalisation,
-            tuple(map(str, range(settings.in_channels))), lesson.voxel_size_um, closed_form_rule(settings),
+            tuple(map(str, range(settings.image_channels))), lesson.voxel_size_um, closed_form_rule(settings),
             self.source | _reached(fitted), fitted.weights, limits=self.recipe.scaling.limits,
             target_windows=lesson.target_windows, input_windows=lesson.input_windows,
         )  # fmt: skip

@@ -141,8 +141,13 @@ def _check_shapes(images: list[Image], truths: Sequence[Labels | Image]) -> None
             )
 
 
-def check_alike(images: list[Image], *, resampled: bool) -> None:
-    """Refuse images that one network cannot learn from together; ``resampled``: it sees one voxel size of all."""
+def check_alike(images: list[Image], *, resampled: bool, neighbours: int = 0) -> None:
+    """Refuse images that one network cannot learn from together.
+
+    Parameters
+    ----------
+    resampled : it sees one voxel size of all, but between slices, of which it sees so many ``neighbours``
+    """
     first = images[0]
     for other in images[1:]:
         if (other.n_channels, len(other.spatial_shape)) != (first.n_channels, len(first.spatial_shape)):
@@ -155,6 +160,11 @@ def check_alike(images: list[Image], *, resampled: bool) -> None:
             raise ArgumentError(
                 f"images must have about the same voxel size, got {first.voxel_size_um} and {other.voxel_size_um} um "
                 f"in {other.location}; set voxel_size_um in the recipe to what the network is to see of all"
+            )
+        if neighbours and sizes[0] and sizes[1] and not about_as_large(sizes[0][:1], sizes[1][:1]):
+            raise ArgumentError(
+                f"images whose neighbouring slices are seen must have them about as far apart, got {sizes[0][0]:g} and "
+                f"{sizes[1][0]:g} um in {other.location}; leave neighbours out, or train one model for each"
             )
 
 

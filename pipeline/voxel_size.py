@@ -32,7 +32,7 @@ def warn_of_voxel_size(image: Image, model: Model) -> None:
     """Say where an image's voxels are of another size than those that a model learnt from, and what to do about it."""
     if not image.voxel_size_um or not model.voxel_size_um:
         return
-    dims = model.settings.dims
+    dims = model.settings.dims + (model.settings.neighbours > 0)
     seen = model.voxel_size_um[-dims:]
     if about_as_large(image.voxel_size_um[-dims:], seen):
         return

@@ -45,7 +45,7 @@ def model_file(path, settings=None, *, seed=0, **about):
     fields = {
         "classes": tuple(f"class {i}" for i in range(settings.n_labels)),
         "class_values": tuple(range(settings.n_labels)),
-        "normalisation": Normalisation.ZSCORE, "channels": tuple(map(str, range(settings.in_channels))),
+        "normalisation": Normalisation.ZSCORE, "channels": tuple(map(str, range(settings.image_channels))),
         "voxel_size_um": None, "rule": closed_form_rule(settings), "training": {}, "weights": network.state_dict(),
     } | about  # fmt: skip
     save_model(Model(settings=settings, **fields), path)
@@ -55,16 +55,20 @@ def model_file(path, settings=None, *, seed=0, **about):
 def whole_scan(voxels, model_path, statistics):
     """Return the probabilities of the network applied once to the whole mirrored scan, shape (classes, *spatial).
 
-    ``voxels`` has the shape (channels, *spatial); a 2-D network takes the slices of a volume one by one.
+    ``voxels`` has the shape (channels, *spatial); a 2-D network takes the slices of a volume one by one, each with the
+    neighbours that it sees.
     """
     model = load_model(model_path)
+    n = model.settings.neighbours
     if voxels.ndim - 1 > model.settings.dims:
-        slices = [whole_scan(voxels[:, z], model_path, statistics) for z in range(voxels.shape[1])]
-        return np.stack(slices, axis=1)
+        beside = np.pad(voxels, [(0, 0), (n, n), (0, 0), (0, 0)], mode="reflect")
+        every = (beside[:, z : z + 2 * n + 1].reshape(-1, *voxels.shape[2:]) for z in range(voxels.shape[1]))
+        return np.stack([whole_scan(each, model_path, statistics) for each in every], axis=1)
     if model.normalisation is Normalisation.ZSCORE_SLICEWISE:
         windows = [(each.mean(), 1 / each.std() if each.std() else 1.0, -np.inf, np.inf) for each in voxels]
     else:
         windows = model.input_windows or model.scaling.windows(statistics, dtype=str(voxels.dtype))
+        windows = [each for each in windows for _ in range(2 * n + 1)]
     windows = [Window(*each) for each in windows]
     seen = [np.clip((c.astype(np.float64) - o) * s, *ends) for c, (o, s, *ends) in zip(voxels, windows, strict=True)]
     scaled = np.stack(seen)

@@ -63,9 +63,12 @@ class TileRule:
                 )
         return core
 
-    def over_slices(self) -> TileRule:
-        """Return the rule with one more axis in front that the network does not see: one slice after another."""
-        return TileRule((1, *self.stride), (0, *self.halo), (0, *self.trim))
+    def over_slices(self, neighbours: int = 0) -> TileRule:
+        """Return the rule with one more axis in front that the network does not see: one slice after another.
+
+        With each slice so many ``neighbours`` on each side enter, as channels: they are the halo along that axis.
+        """
+        return TileRule((1, *self.stride), (neighbours, *self.halo), (0, *self.trim))
 
     def cores(self, shape: tuple[int, ...], core_shape: tuple[int, ...]) -> Iterator[Box]:
         """Yield cores that cover a region of this shape exactly once, each at most ``core_shape`` and aligned.

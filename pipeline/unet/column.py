@@ -16,7 +16,7 @@ from pipeline.errors import ArgumentError
 from pipeline.geometry.box import Box
 from pipeline.store.scaling import Windows, of_slices
 from pipeline.unet.engine import Engine
-from pipeline.unet.numbers import Pairs, exactly, normalised
+from pipeline.unet.numbers import Pairs, batched, exactly, normalised
 from pipeline.unet.readout import Readout
 from pipeline.unet.streaming import Stream
 from pipeline.unet.transfer import Leaving, staged
@@ -76,9 +76,9 @@ class ColumnPredictor:
     ) -> None:
         engine = engines[0]
         settings = engine.settings
-        if len(windows) != settings.in_channels:
+        if len(windows) != settings.image_channels:
             raise ArgumentError(
-                f"a predictor needs {settings.in_channels} windows, got {len(windows)}; give the model's own"
+                f"a predictor needs {settings.image_channels} windows, got {len(windows)}; give the model's own"
             )
         self.engines, self.engine, self.windows, self.slab = engines, engine, windows, slab
         self.readout = Readout(settings.head, target_windows)
@@ -91,7 +91,7 @@ class ColumnPredictor:
     def stream(self, core: Box) -> tuple[Stream, list[Box]]:
         """Return the stream for a core of the scan, and the boxes that must be read for it, in order.
 
-        A core of one axis more than the network's is run slice by slice.
+        A core of one axis more than the network's is run slice by slice, and read with the neighbours that it sees.
         """
         slices = core.ndim - self.engine.dims
         axis, *across = (slices + each for each in self.engine.order)
@@ -99,7 +99,7 @@ class ColumnPredictor:
         boxes = []
         for rows in stream.slabs(core.start[axis], core.stop[axis]):
             spans = dict(zip((axis, *across), (rows, *stream.cross), strict=True))
-            spans |= {at: (core.start[at], core.stop[at]) for at in range(slices)}
+            spans |= {at: self._with_neighbours(core) for at in range(slices)}
             boxes.append(Box(tuple(spans[at][0] for at in range(core.ndim)),
                              tuple(spans[at][1] for at in range(core.ndim))))
         return stream, boxes
@@ -120,9 +120,9 @@ class ColumnPredictor:
         """
         slices = core.ndim - self.engine.dims
         axis = slices + self.engine.order[0]
-        windows = of_slices(self.windows, core.start[0], core.stop[0])
+        windows = of_slices(self.windows, *self._with_neighbours(core))
         outputs = stream.run(
-            core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), windows, slices),
+            core.start[axis], core.stop[axis], lambda _low, _high: self._entering(next(slabs), windows),
             n_batch=core.shape[0] if slices else 1,
         )  # fmt: skip
         given = deque[_Leaving]()
@@ -155,10 +155,15 @@ class ColumnPredictor:
         start[axis], stop[axis] = row, row + logits.shape[2]
         return _Leaving(Box(tuple(start), tuple(stop)), classes, reals)
 
-    def _entering(self, voxels: Tensor, windows: Windows, slices: int) -> Tensor:
+    def _with_neighbours(self, core: Box) -> tuple[int, int]:
+        """Return the slices of a volume that are seen for those of a core."""
+        n = self.engine.settings.neighbours
+        return core.start[0] - n, core.stop[0] + n
+
+    def _entering(self, voxels: Tensor, windows: Windows) -> Tensor:
         """Return voxels (channels, *image's axes) as the engine takes them: (batch, channels, *its axes)."""
         x = normalised(voxels, windows, device=self.engine.device).to(self.engine.dtype)
-        x = x.transpose(0, 1) if slices else x[None]
+        x = batched(x, dims=self.engine.dims, neighbours=self.engine.settings.neighbours)
         x = x.permute(0, 1, *(2 + axis for axis in self.engine.order))
         return x.contiguous(memory_format=self.engine.memory_format)
 

@@ -204,13 +204,13 @@ class Streaming:
     def voxels_read(self, columns: Columns) -> int:
         """Return the voxels that all columns read from the store, whole chunks along the streamed axis."""
         grid, total = columns.grid(self.shards), 1
-        chain = chain_of(self.settings)
+        chain, beside = chain_of(self.settings), self.settings.neighbours
         for at, (size, core, chunk) in enumerate(zip(grid.shape, grid.core_shape, self.chunk_shape, strict=True)):
             read, along = 0, at - self.n_slice_axes
             for start in range(0, size, core):
                 low, high = start, min(size, start + core)
-                if along >= 0:
-                    low, high = (min(max(0, each), size) for each in spans(chain, (low, high), along)[0])
+                reached = spans(chain, (low, high), along)[0] if along >= 0 else (low - beside, high + beside)
+                low, high = (min(max(0, each), size) for each in reached)
                 if at == columns.axis:
                     low, high = low // chunk * chunk, min(size, -(-high // chunk) * chunk)
                 read += high - low
@@ -264,14 +264,15 @@ class Streaming:
     def _buffer_bytes(self, columns: Columns, chain: Chain) -> int:
         """Return the bytes of voxels that were read and of results that are not written yet."""
         core, axis = self._core(columns.blocks), columns.axis
-        halo = [0] * self.n_slice_axes + [-spans(chain, (0, 1), at)[0][0] for at in range(self.settings.dims)]
+        halo = [-spans(chain, (0, 1), at)[0][0] for at in range(self.settings.dims)]
+        halo = [self.settings.neighbours] * self.n_slice_axes + halo
         area = prod(n + 2 * h for at, (n, h) in enumerate(zip(core, halo, strict=True)) if at != axis)
         in_parts = columns.part_shape[:axis] + columns.part_shape[axis + 1 :] != core[:axis] + core[axis + 1 :]
         chunk = self.chunk_shape[axis]
         rows = core[axis] + 2 * halo[axis] if in_parts else (2 + ceil(halo[axis] / chunk)) * chunk
         part = zip(columns.part_shape, halo, strict=True)
         slab_area = prod(n + 2 * h for at, (n, h) in enumerate(part) if at != axis)
-        ahead = (SLABS_AHEAD + 2) * columns.slab * slab_area * (self.voxel_bytes + 4 * self.settings.in_channels)
+        ahead = (SLABS_AHEAD + 2) * columns.slab * slab_area * (self.voxel_bytes + 4 * self.settings.image_channels)
         n_written = core[axis] if in_parts else 2 * self.shards.core_shape[axis]
         written = n_written * prod(n for at, n in enumerate(core) if at != axis) * self.output_bytes
         return rows * area * self.voxel_bytes + ahead + written

@@ -57,6 +57,7 @@ def name_of(settings: UNetSettings | ForeignSettings) -> str:
     parts = {
         "attention gates": settings.attention, "deep supervision": settings.deep_supervision,
         "strided convolutions": settings.down is Down.STRIDED, "anisotropic poolings": bool(settings.poolings),
+        "neighbouring slices": settings.neighbours > 0,
     }
     having = " and ".join(name for name, has in parts.items() if has)
     name = f"{settings.dims}-D {blocks[settings.block]}{kinds[settings.family]}" + (f" with {having}" if having else "")

@@ -26,8 +26,9 @@ from pipeline.unet.members import apart
 from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 
-FORMAT = 4
-_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS, _FORMAT_OF_SLICES = 1, 2, 3  # what an older haloseg can read, too
+FORMAT = 5
+# what an older haloseg can read, too
+_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS, _FORMAT_OF_SLICES, _FORMAT_OF_ENSEMBLES = 1, 2, 3, 4
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
@@ -86,10 +87,10 @@ class Model:
                 "give one per class"
             )
         self._check_target()
-        if len(set(self.class_values)) != n or len(self.channels) != self.settings.in_channels:
+        if len(set(self.class_values)) != n or len(self.channels) != self.settings.image_channels:
             raise ArgumentError(
-                f"class values must differ, and channels be {self.settings.in_channels}, got {self.class_values} and "
-                f"{self.channels}; name each once"
+                f"class values must differ, and channels be {self.settings.image_channels}, got {self.class_values} "
+                f"and {self.channels}; name each once"
             )
         expected = _rule_of(self.settings)
         if self.rule != expected:
@@ -128,8 +129,8 @@ class Model:
     def _check_target(self) -> None:
         n, scales = len(self.target_windows), [scale for _, scale in (*self.target_windows, *self.input_windows)]
         linear = self.settings.head is Head.LINEAR
-        n_seen = len(self.input_windows) or self.settings.in_channels
-        fits = n == (self.settings.n_classes if linear else 0) and n_seen == self.settings.in_channels
+        n_seen = len(self.input_windows) or self.settings.image_channels
+        fits = n == (self.settings.n_classes if linear else 0) and n_seen == self.settings.image_channels
         if not fits or not all(0 < scale < math.inf for scale in scales):
             raise ArgumentError(
                 f"a linear head needs an offset and a scale above 0 for each of its channels, and others none, got "
@@ -241,8 +242,10 @@ def _to_json(model: Model) -> dict[str, Any]:
 
 def _format_of(model: Model) -> int:
     """Return the oldest format that has words for a model, so that an older haloseg refuses it as too new at most."""
-    if model.n_networks > 1:
+    if model.settings.neighbours:
         return FORMAT
+    if model.n_networks > 1:
+        return _FORMAT_OF_ENSEMBLES
     if model.scaling.is_slicewise:
         return _FORMAT_OF_SLICES
     other = model.target_windows or isinstance(model.settings, ForeignSettings)

@@ -32,6 +32,17 @@ def normalised(voxels: Tensor, windows: Windows, *, device: torch.device) -> Ten
     return x
 
 
+def batched(x: Tensor, *, dims: int, neighbours: int = 0) -> Tensor:
+    """Return voxels (channels, *spatial) as a network of ``dims`` axes takes them, (batch, channels, *its axes).
+
+    Of one axis more the first is that of slices, each of which is one of the batch. Where it sees ``neighbours`` on
+    each side, too, x has so many slices more at either end; the order of channels is that of ``UNetSettings``.
+    """
+    if x.ndim == dims + 1:
+        return x[None]
+    return x.unfold(1, 2 * neighbours + 1, 1).permute(1, 0, 4, 2, 3).flatten(1, 2)
+
+
 def widened(logits: Tensor) -> Tensor:
     """Return logits in float32 at least, for what is small beside 1."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -18,7 +18,7 @@ from pipeline.store.scaling import Windows, of_slices
 from pipeline.unet.engine import Engine
 from pipeline.unet.foreign.network import ForeignNetwork
 from pipeline.unet.network import UNet, channels_last
-from pipeline.unet.numbers import Pairs, exactly, normalised
+from pipeline.unet.numbers import Pairs, batched, exactly, normalised
 from pipeline.unet.readout import Readout
 from pipeline.unet.transfer import staged
 from pipeline.unet.turns import Mean
@@ -51,9 +51,9 @@ class Predictor:
         target_windows: Pairs = (),
     ) -> None:
         settings = network.settings
-        if len(windows) != settings.in_channels or not rule.ndim == len(tile_shape) == settings.dims:
+        if len(windows) != settings.image_channels or not rule.ndim == len(tile_shape) == settings.dims:
             raise ArgumentError(
-                f"a predictor needs {settings.in_channels} windows and {settings.dims} axes, got {len(windows)}, "
+                f"a predictor needs {settings.image_channels} windows and {settings.dims} axes, got {len(windows)}, "
                 f"{rule} and tile {tile_shape}; give the model's own"
             )
         training = isinstance(network, UNet | ForeignNetwork) and network.training
@@ -64,7 +64,7 @@ class Predictor:
             )
         self.network, self.rule, self.windows, self.device = network, rule, windows, torch.device(device)
         self._on_tile, self.readout = on_tile, Readout(settings.head, target_windows)
-        self.core_shape, self.n_slices = rule.core_shape(tile_shape), n_slices
+        self.core_shape, self.n_slices, self._neighbours = rule.core_shape(tile_shape), n_slices, settings.neighbours
 
     def segment(self, raw: NDArray[Any], core: Box) -> NDArray[np.uint8]:
         """Return the classes of a block, uint8 of ``core.shape``.
@@ -72,7 +72,7 @@ class Predictor:
         Parameters
         ----------
         raw : shape (channels, *tile), any integers or floats: the block's core, rounded up to the stride, and its
-            mirrored halo, as ``read_mirrored`` gives it for ``Block.tile``
+            mirrored halo, neighbours of slices included, as ``read_mirrored`` gives it for ``Block.tile``
         core : of the block, clipped to the scan; one axis more than the network's where it runs slice by slice
 
         Raises
@@ -102,7 +102,7 @@ class Predictor:
         self, raw: NDArray[Any], core: Box, classes: NDArray[np.uint8] | None, reals: NDArray[np.float32] | None
     ) -> None:
         """Fill the outputs; what a pass that ran out of device memory has left is written again."""
-        rule = self.rule.over_slices() if core.ndim == self.rule.ndim + 1 else self.rule
+        rule = self.rule.over_slices(self._neighbours) if core.ndim == self.rule.ndim + 1 else self.rule
         self._check(raw, rule=rule, core_shape=core.shape)
         while not self._pass(raw, rule, core, classes, reals):
             self._halve(slices=rule.ndim > self.rule.ndim)
@@ -126,8 +126,8 @@ class Predictor:
             with torch.inference_mode(), exactly(tf32=isinstance(self.network, Engine | Mean) and self.network.tf32):
                 for core in rule.cores(block.shape, largest):
                     self._on_tile()
-                    first = block.start[0]
-                    windows = of_slices(self.windows, first + core.start[0], first + core.stop[0])
+                    first, n = block.start[0], self._neighbours
+                    windows = of_slices(self.windows, first + core.start[0] - n, first + core.stop[0] + n)
                     logits = self._tile(raw, core, rule, windows)
                     if classes is not None:
                         classes[core.slices] = _to_scan(self.readout.classes(logits)[:, None], core)[0]
@@ -141,8 +141,9 @@ class Predictor:
         """Return the logits of one core within the block, shape (slices or 1, classes, *network's axes)."""
         tile = Box(core.start, tuple(a + n for a, n in zip(core.start, rule.tile_shape(core.shape), strict=True)))
         x = normalised(staged(raw[(slice(None), *tile.slices)], device=self.device), windows, device=self.device)
-        x = x.transpose(0, 1) if rule.ndim > self.rule.ndim else x[None]
-        logits: Tensor = self.network(x.contiguous(memory_format=channels_last(self.rule.ndim)))
+        x = batched(x, dims=self.rule.ndim, neighbours=self._neighbours)
+        x = x.contiguous(memory_format=channels_last(self.rule.ndim))
+        logits: Tensor = self.network(x)
         inner = zip(self.rule.trim, core.shape[-self.rule.ndim :], strict=True)
         for axis, (trim, n) in enumerate(inner, start=2):
             logits = logits.narrow(axis, trim, n)

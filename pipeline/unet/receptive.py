@@ -46,7 +46,7 @@ def measured_rule(settings: UNetSettings) -> TileRule:
 def _measured_line(settings: UNetSettings, factors: tuple[int, ...]) -> tuple[int, int, int]:
     """Return stride, halo and trim along an axis that is pooled by these factors."""
     plane = tuple((2, factor) for factor in factors)
-    twin = UNet(replace(settings, dims=2, width=1, in_channels=1, poolings=plane))
+    twin = UNet(replace(settings, dims=2, width=1, in_channels=1, neighbours=0, poolings=plane))
     with exact_sums(twin):
         probe = _Probe(twin, 2, 1)
         return _measure_axis(probe, probe.smallest_shape(), 1)

@@ -66,7 +66,7 @@ class UNetSettings:
     Attributes
     ----------
     dims : spatial axes, 2 or 3
-    in_channels : channels of the image
+    in_channels : channels that enter, of the image, or of each of its slices and of their neighbours
     n_classes : channels of the output; of a linear head they are no classes
     width : channels of the first convolutions; doubled on each level
     depth : number of poolings; the stride is 2**depth, or less along an axis where ``poolings`` say so
@@ -87,6 +87,8 @@ class UNetSettings:
     poolings : 1 or 2 for each axis, level by level, finest first, such as ((1, 2, 2), (2, 2, 2)) for thick slices;
         empty: 2 everywhere. As in nnU-Net (doi:10.1038/s41592-020-01008-z) kernels are 1 voxel long along an axis on
         levels before the one from which it is first pooled: those of that example are 1 x 3 x 3, then 3 x 3 x 3
+    neighbours : slices of a volume on each side of its own that a 2-D network sees, as channels: the first channel of
+        the image from the farthest slice above to the farthest one below, then its second one, and so on
     """
 
     dims: int
@@ -109,6 +111,7 @@ class UNetSettings:
     attention: bool = False
     deep_supervision: bool = False
     poolings: tuple[tuple[int, ...], ...] = ()
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
         if self.dims not in (2, 3):
@@ -128,6 +131,12 @@ class UNetSettings:
             )
         self._check_poolings()
         self._check_family()
+        n_seen = 2 * self.neighbours + 1
+        if self.neighbours < 0 or (self.neighbours and self.dims != 2) or self.in_channels % n_seen:
+            raise ArgumentError(
+                f"neighbours need a 2-D network of {n_seen} channels for each of the image, got {self.neighbours} "
+                f"neighbours, dims {self.dims} and {self.in_channels} channels; set dims = 2, or leave neighbours out"
+            )
 
     def _check_poolings(self) -> None:
         fits = all(len(each) == self.dims and {2} <= set(each) <= {1, 2} for each in self.poolings)
@@ -148,6 +157,11 @@ class UNetSettings:
         }
         if got := [name for name, is_wrong in wrong.items() if is_wrong]:
             raise ArgumentError(f"networks of family {self.family} have no {' and no '.join(got)}; leave it out")
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image."""
+        return self.in_channels // (2 * self.neighbours + 1)
 
     @property
     def n_labels(self) -> int:
@@ -224,8 +238,8 @@ class UNetSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as a JSON object."""
-        return asdict(self)
+        """Return the settings as a JSON object; without neighbours as it was before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "neighbours" or value}
 
     @classmethod
     def from_json(cls, document: Any) -> UNetSettings:  # noqa: ANN401 whatever a file holds

@@ -112,8 +112,9 @@ class CertifyBoxes:
     def _compared(self, state: tuple[Opened, Predictor], index: int) -> Certified | CertifiedValues:
         opened, reference = state
         core, begin = self.boxes[index], perf_counter()
-        strides = zip(self.rule.stride, self.rule.halo, strict=True)
-        wide = core.round_up(self.rule.stride).grow(tuple(s if h else 0 for s, h in strides))
+        strides, slices = zip(self.rule.stride, self.rule.halo, strict=True), self.rule.ndim - reference.rule.ndim
+        wider = tuple(s if h and axis >= slices else 0 for axis, (s, h) in enumerate(strides))
+        wide = core.round_up(self.rule.stride).grow(wider)
         voxels = read_mirrored(opened.image, wide.grow(self.rule.halo))
         inside = core.inside(wide)
         if opened.labels is None:

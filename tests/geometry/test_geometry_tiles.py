@@ -102,6 +102,9 @@ def test_a_rule_over_slices_takes_them_one_by_one():
     assert rule == TileRule((1, 8, 8), (0, 46, 46), (0, 2, 2))
     assert rule.ndim == 3
     assert rule.tile_shape((1, 64, 64)) == (1, 156, 156)
+    seen_with_two_more_on_each_side = TileRule((8, 8), (46, 46), (2, 2)).over_slices(2)
+    assert seen_with_two_more_on_each_side == TileRule((1, 8, 8), (2, 46, 46), (0, 2, 2))
+    assert seen_with_two_more_on_each_side.tile_shape((3, 64, 64)) == (7, 156, 156)
 
 
 @pytest.mark.parametrize(

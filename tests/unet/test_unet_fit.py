@@ -12,12 +12,13 @@ from pipeline.unet.settings import Block, Down, Family, Padding, UNetSettings, c
 from pipeline.unet.training.augment import Augmentation
 from pipeline.unet.training.checkpoint import CheckpointFile
 from pipeline.unet.training.course import is_over
+from pipeline.unet.training.dims import choose_dims
 from pipeline.unet.training.fit import fit
 from pipeline.unet.training.learner import training_rule
 from pipeline.unet.training.losses import Loss
 from pipeline.unet.training.orientation import orientations
 from pipeline.unet.training.patches import Patches, Source
-from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule, choose_dims
+from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule
 
 RECIPE = Recipe(width=4, depth=2, steps=60, validate_every=20, patch=32, batch=4, learning_rate=1e-2)
 

@@ -108,7 +108,7 @@ def test_files_of_others_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 5}, "format 5 is newer than 4"),
+        ({"format": 6}, "format 6 is newer than 5"),
         ({"format": "1"}, "no format number"),
         ({"extra": 1}, "entry must have"),
         ({"network": {**SETTINGS.to_json(), "width": 3}}, "tensor .* must be torch.float32 of shape"),
@@ -158,6 +158,18 @@ def test_what_an_older_haloseg_has_no_word_for_has_a_newer_format(tmp_path):
         save_model(a_model(normalisation=how), tmp_path / "m")
         assert document_of((tmp_path / "m").read_bytes())["format"] == written
         assert load_model(tmp_path / "m").normalisation is how
+
+
+def test_neighbours_are_kept_and_files_of_before_have_none(tmp_path):
+    for neighbours, in_channels, written in ((0, 6, 1), (1, 6, 5)):
+        settings = replace(SETTINGS, in_channels=in_channels, neighbours=neighbours)
+        names = tuple("abcdef"[: settings.image_channels])
+        save_model(a_model(settings=settings, channels=names, weights=UNet(settings).state_dict()), tmp_path / "m")
+        document = document_of((tmp_path / "m").read_bytes())
+        assert (document["format"], document["network"].get("neighbours", 0)) == (written, neighbours)
+        assert ("neighbours" in document["network"]) == (neighbours > 0)  # which an older haloseg has no word for
+        model = load_model(tmp_path / "m")
+        assert (model.settings, len(model.channels)) == (settings, 6 if not neighbours else 2)
 
 
 def test_a_network_that_sees_several_slices_at_once_has_no_statistics_of_slices():

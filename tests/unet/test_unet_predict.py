@@ -58,9 +58,13 @@ def in_double(net: UNet) -> UNet:
 
 def whole(net: UNet, scan, rule: TileRule):
     """Apply the network once to the scan mirrored by the halo, and at the end up to the stride: the definition."""
+    n = net.settings.neighbours
     if scan.ndim - 1 == rule.ndim + 1:
-        return np.stack([whole(net, scan[:, z], rule) for z in range(scan.shape[1])], axis=1)
-    offset, scale = np.array(WINDOWS[: scan.shape[0]]).T.reshape(2, -1, *(1,) * rule.ndim)
+        beside = np.pad(scan, [(0, 0), (n, n), (0, 0), (0, 0)], mode="reflect")
+        every = (beside[:, z : z + 2 * n + 1].reshape(-1, *scan.shape[2:]) for z in range(scan.shape[1]))
+        return np.stack([whole(net, each, rule) for each in every], axis=1)
+    windows = np.array(WINDOWS).repeat(2 * n + 1, axis=0)[: scan.shape[0]]
+    offset, scale = windows.T.reshape(2, -1, *(1,) * rule.ndim)
     x = ((scan.astype(np.float64) - offset) * scale).astype(np.float32)
     pads = [(h, h + -n % s) for n, s, h in zip(x.shape[1:], rule.stride, rule.halo, strict=True)]
     padded = np.pad(x, [(0, 0), *pads], mode="reflect")
@@ -75,7 +79,7 @@ def tiled(net: UNet, scan, *, block_core, tile_core, n_slices=1):
         net, rule, windows=WINDOWS[: scan.shape[0]], tile_shape=rule.tile_shape(tile_core), device="cpu",
         n_slices=n_slices,
     )
-    over = rule.over_slices() if scan.ndim - 1 > rule.ndim else rule
+    over = rule.over_slices(net.settings.neighbours) if scan.ndim - 1 > rule.ndim else rule
     classes = np.full(scan.shape[1:], 255, np.uint8)
     likely = np.full((net.settings.n_classes, *scan.shape[1:]), np.nan, np.float32)
     for block in BlockGrid(scan.shape[1:], block_core, over.halo, over.stride):

@@ -5,9 +5,10 @@ from pipeline.store.scaling import Scaling
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.settings import Block, Down, Family, Head, Padding, UNetSettings, closed_form_rule
 from pipeline.unet.training.augment import Augmentation
+from pipeline.unet.training.dims import choose_dims
 from pipeline.unet.training.learner import training_rule
 from pipeline.unet.training.losses import Loss
-from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule, choose_dims, load_recipe, shipped
+from pipeline.unet.training.recipe import Optimiser, Recipe, Schedule, load_recipe, shipped
 
 
 def written(tmp_path, text):
@@ -69,6 +70,9 @@ def test_a_recipe_is_read_from_toml_and_the_rest_is_default(tmp_path):
         ("poolings = [[1, 2.0, 2]]", r"poolings must be a list of lists"),
         ('family = "resnet"', "unet, unet.., fcn, got"),
         ("[augmentation]\ncontrast = -0.5", "contrast must be from 0 to 1, got -0.5"),
+        ("neighbours = -1", "neighbours must be at least 0, got -1"), ("neighbours = 1.0", "must be of type int"),
+        ("neighbours = 2\ndims = 3", "neighbours need a 2-D network, got 2 for a 3-D one, which sees them without"),
+        ("neighbours = 1\npoolings = [[1, 2, 2]]", "neighbours need a 2-D network, got 1 for a 3-D one"),
     ],
 )
 def test_settings_that_are_unknown_or_break_a_rule_are_refused(tmp_path, text, message):
@@ -191,6 +195,15 @@ def test_thick_slices_decide_depth_dimensions_and_the_shape_of_patches(tmp_path)
     assert settings.in_proportion(recipe.patch_core(settings)) == (12, 48, 48)
     with pytest.raises(ArgumentError, match="a 3-D network needs volumes, got images of shape"):
         choose_dims(recipe, shapes=[(256, 256)], voxel_size_um=None)
+
+
+def test_neighbours_make_a_2d_network_of_more_channels(tmp_path):
+    recipe = load_recipe(written(tmp_path, "neighbours = 2"))
+    assert choose_dims(recipe, shapes=[(64, 64, 64)], voxel_size_um=None) == 2  # 3 without
+    settings = recipe.network(dims=2, in_channels=3, n_classes=2)
+    assert (settings.neighbours, settings.in_channels, settings.image_channels) == (2, 15, 3)
+    with pytest.raises(ArgumentError, match=r"neighbours are slices of volumes, got images of shape \(64, 64\); leave"):
+        choose_dims(recipe, shapes=[(64, 64)], voxel_size_um=None)
 
 
 def test_the_family_is_read(tmp_path):

@@ -34,17 +34,20 @@ NETS = [
     UNetSettings(dims=2, n_classes=3, width=4, depth=2, padding=Padding.SAME, batch_norm=True),
     UNetSettings(dims=2, n_classes=3, width=4, depth=2, padding=Padding.VALID),
     UNetSettings(dims=3, n_classes=3, width=4, depth=1, padding=Padding.SAME),
+    UNetSettings(dims=2, in_channels=3, n_classes=3, width=4, depth=1, padding=Padding.SAME, neighbours=1),
 ]
 CASES = [
     (NETS[0], (37, 61), Box((22, 0), (37, 61))),
     (NETS[1], (37, 61), Box((0, 0), (37, 61))),
     (NETS[0], (5, 20, 33), Box((3, 0, 0), (5, 20, 33))),
     (NETS[2], (13, 20, 17), Box((9, 0, 0), (13, 20, 17))),
+    (NETS[3], (5, 20, 33), Box((2, 0, 0), (5, 20, 33))),
 ]
+IDS = ["same", "valid", "slices", "3-D", "neighbours"]
 
 
 @pytest.mark.parametrize("largest", [8, 512])
-@pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=["same", "valid", "slices", "3-D"])
+@pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=IDS)
 def test_validation_is_what_whole_scan_inference_shows_in_the_region(settings, shape, region, largest, monkeypatch):
     monkeypatch.setattr(validation, "_LARGEST_CORE", {2: largest, 3: largest})
     net = trained(settings, seed=1)
@@ -65,7 +68,7 @@ def test_validation_is_what_whole_scan_inference_shows_in_the_region(settings, s
     assert (found.step, found.train_loss) == (7, 0.5)
 
 
-@pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=["same", "valid", "slices", "3-D"])
+@pytest.mark.parametrize(("settings", "shape", "region"), CASES, ids=IDS)
 def test_a_sample_is_a_part_of_what_is_held_out_and_what_the_whole_scan_gives_there(settings, shape, region):
     net, source = trained(settings, seed=1), labelled(shape, region, seed=3)
     shown = sample([net], patches_of((source,), n_axes=settings.dims, n_values=3), device="cpu")
@@ -85,6 +88,11 @@ def test_a_sample_is_a_part_of_what_is_held_out_and_what_the_whole_scan_gives_th
     assert matches
     assert any(np.array_equal(want[where], got[where]) for want, got, where in matches)
     assert shown.image.ndim == shown.truth.ndim == settings.dims
+    if settings.dims < len(shape):  # of the slice whose truth is told, not of a neighbour
+        rule = closed_form_rule(settings)
+        seen = shown.image[tuple(slice(h, h + n) for h, n in zip(rule.halo, shape[1:], strict=True))]
+        (z,) = [z for z in slices if np.array_equal(source.image[0, z], (seen * 64 + 100).round())]
+        assert np.array_equal(source.labels[z], shown.truth[: shape[1], : shape[2]])
 
 
 def test_of_a_large_region_evenly_spread_tiles_are_tried(monkeypatch):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class ForeignSettings:
     shapes : shape of each weight, by name
     """
 
+    neighbours: ClassVar[int] = 0
     dims: int
     in_channels: int
     n_classes: int
@@ -63,6 +64,11 @@ class ForeignSettings:
                 f"a {self.head} head needs {fewest} to {LARGEST_CLASS + fewest - 1} classes, got {self.n_classes}; "
                 "use the other --head"
             )
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the image."""
+        return self.in_channels
 
     @property
     def n_labels(self) -> int:

@@ -69,7 +69,8 @@ class Patches:
     Attributes
     ----------
     class_values : label values, ascending; their positions are the classes; empty: the labels are codes
-    n_axes : axes of the network; of a volume's patches it sees the last two where this is 2
+    n_axes : axes of the network; of a volume's patches it sees the last two where this is 2, and what the halo adds
+        across them as channels; see ``UNetSettings.neighbours``
     turns : orientations to draw from
     augmentation : how far drawn patches are changed
     spacing : distance of voxels along the network's axes, in voxels of the finest; empty: all alike
@@ -113,8 +114,8 @@ class Patches:
         t = None if source.target is None else source.target.values(known)
 
         def shown(turned: NDArray[Any], axis: int) -> NDArray[Any]:
-            front_less = turned.reshape(turned.shape[:axis] + turned.shape[axis + front :])
-            return np.ascontiguousarray(front_less)  # an axis across slices had one voxel
+            channels = (-1,) * axis  # an axis across slices had one voxel, or those of neighbours, too
+            return np.ascontiguousarray(turned.reshape(channels + turned.shape[axis + front :]))
 
         borders = None if w is None else shown(turn.apply(w), 0).astype(np.float32, copy=False)
         target = None if t is None else shown(turn.apply(t), 1)

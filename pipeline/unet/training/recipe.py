@@ -18,8 +18,6 @@ from pipeline.unet.training.losses import Loss
 from pipeline.unet.training.resampled import checked_size
 from pipeline.unet.training.typed import typed
 
-LARGEST_ANISOTROPY = 3.0
-FEWEST_SLICES_3D = 16
 _SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
@@ -62,6 +60,9 @@ class Recipe:
     deep_supervision : of unet++: the loss is the mean over the outputs of all depths
     poolings : for thick slices, such as [[1, 2, 2], [1, 2, 2], [2, 2, 2]], finest level first: by how much each
         pooling divides the resolution along z, y and x; depth and dims follow from it, and patches are flat; empty: 2
+    neighbours : slices of a volume on each side of its own that a 2-D network also sees, as channels, such as 1: each
+        channel of the image from the farthest slice above to the farthest one below, mirrored at the volume's ends; it
+        learns the truth of the one between, and the flips of [augmentation] turn their order round, too
     normalisation : of intensities, by the statistics of each image, or of each slice, its dtype, or a fixed window; see
         Normalisation; l1 and l2 take zscore, by the statistics of all together
     window : of the normalisation window, such as [-160, 240], or one pair for each channel
@@ -119,6 +120,7 @@ class Recipe:
     attention: bool = False
     deep_supervision: bool = False
     poolings: tuple[tuple[int, ...], ...] = ()
+    neighbours: int = 0
     normalisation: Normalisation = Normalisation.ZSCORE
     window: Limits = ()
     percentiles: tuple[float, ...] = ()
@@ -154,7 +156,7 @@ class Recipe:
         least = {
             "dims": 0, "width": 0, "patch": 0, "batch": 0, "steps": 1, "validate_every": 1, "warm_up_steps": 0,
             "weight_decay": 0, "clip_norm": 0, "focal_gamma": 0, "border_weight": 0, "patience": 0,
-            "plateau_patience": 1,
+            "plateau_patience": 1, "neighbours": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             if not lowest <= (value := getattr(self, name)) < float("inf"):
@@ -162,6 +164,11 @@ class Recipe:
         for name, usual in (("learning_rate", 0.002), ("border_sigma_voxels", 5)):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ArgumentError(f"{name} must be above 0, got {value}; use {usual}")
+        if self.neighbours and 3 in (self.dims, *map(len, self.poolings)):
+            raise ArgumentError(
+                f"neighbours need a 2-D network, got {self.neighbours} for a 3-D one, which sees them without; set "
+                "dims = 2"
+            )
         if self.dims not in (0, 2, 3):
             raise ArgumentError(f"dims must be 2 or 3, or 0 to choose, got {self.dims}; use 0")
         if not 0 < self.validation_fraction < 1:
@@ -209,16 +216,17 @@ class Recipe:
     def network(self, *, dims: int, in_channels: int, n_classes: int) -> UNetSettings:
         """Return the settings of the network to train; a sigmoid has no channel for the first class.
 
-        For losses of values ``n_classes`` are the channels of the target.
+        For losses of values ``n_classes`` are the channels of the target; ``in_channels`` are the image's.
         """
         sigmoid = self.loss.is_of_labels
         head = Head.LINEAR if self.loss.is_of_values else Head.SIGMOID if sigmoid else Head.SOFTMAX
         return UNetSettings(
-            dims=dims, in_channels=in_channels, n_classes=n_classes - sigmoid,
+            dims=dims, in_channels=in_channels * (2 * self.neighbours + 1), n_classes=n_classes - sigmoid,
             head=head, width=self.width or {2: 16, 3: 8}[dims],
             depth=len(self.poolings) or self.depth, padding=self.padding, kernel=self.kernel, n_convs=self.n_convs,
             batch_norm=self.batch_norm, dropout=self.dropout, up=self.up, family=self.family, block=self.block,
             down=self.down, attention=self.attention, deep_supervision=self.deep_supervision, poolings=self.poolings,
+            neighbours=self.neighbours,
         )  # fmt: skip
 
     def patch_core(self, settings: UNetSettings) -> int:
@@ -238,25 +246,6 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as a JSON object."""
         return asdict(self)
-
-
-def choose_dims(
-    recipe: Recipe, *, shapes: list[tuple[int, ...]], voxel_size_um: tuple[float, ...] | None
-) -> int:
-    """Return the dimensions of the network for images of these spatial shapes.
-
-    Raises
-    ------
-    ArgumentError : the recipe asks for 3 and the images have 2.
-    """
-    n_axes, asked = len(shapes[0]), recipe.dims or (len(recipe.poolings[0]) if recipe.poolings else 0)
-    if asked > n_axes:
-        raise ArgumentError(f"a {asked}-D network needs volumes, got images of shape {shapes[0]}; set dims = 2")
-    if asked or n_axes == 2:
-        return asked or 2
-    anisotropy = max(voxel_size_um) / min(voxel_size_um) if voxel_size_um else 1.0
-    thick = all(shape[0] >= FEWEST_SLICES_3D for shape in shapes)
-    return 3 if thick and anisotropy <= LARGEST_ANISOTROPY else 2
 
 
 def shipped() -> dict[str, Path]:

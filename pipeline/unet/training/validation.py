@@ -63,7 +63,7 @@ class Sample:
 
     Attributes
     ----------
-    image : float32, the first channel of what entered the network, (*tile)
+    image : float32, the first channel of what entered the network, of neighbouring slices the middle one's, (*tile)
     truth, found : classes, int64 (*core), IGNORED where they do not count; of overlapping labels the first that a voxel
         has, and the likeliest; of targets the first channel, float32
     """
@@ -85,7 +85,7 @@ def sample(networks: Sequence[UNet], patches: Patches, *, device: str) -> Sample
         every = [_passed(each, patches, *places[len(places) // 2], device=device) for each in networks]
         logits, batch = mean((each for each, _ in every), network.settings.head), every[0][1]
     assert logits is not None
-    image = batch.images[0, 0].cpu().numpy()
+    image = batch.images[0, network.settings.neighbours].cpu().numpy()
     if batch.target is not None:
         return Sample(image, batch.target[0, 0].cpu().numpy(), logits[0, 0].cpu().numpy())
     truth, found = batch.classes[0].cpu().numpy(), classes_of(logits, network.settings.head)[0].cpu().numpy()
@@ -194,7 +194,7 @@ def cores(region: Box, rule: TileRule, *, largest: tuple[int, ...]) -> list[Box]
 def _rules(network: UNet, patches: Patches) -> tuple[TileRule, TileRule]:
     """Return the network's tile rule, and the one over the axes of the images."""
     rule = closed_form_rule(network.settings)
-    return rule, rule.over_slices() if len(patches.core) > rule.ndim else rule
+    return rule, rule.over_slices(network.settings.neighbours) if len(patches.core) > rule.ndim else rule
 
 
 def _places(network: UNet, patches: Patches) -> list[tuple[Source, Box]]:
