@@ -35,14 +35,14 @@ def ingest(args: Namespace) -> Document:
     if args.labels_of:
         if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
             raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
-        with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.labels_of):
+        with bars(shown=True) as watch, _copying(args) as run, _held(args.labels_of):
             labels = resolve_name("pipeline.ingest:ingest_labels")(
                 args.scan, image=args.labels_of, name=args.name, run=run, watch=watch
             )
         return _described(str(labels.location))
     if not args.image or args.name:
         raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
-    with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.image):
+    with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
         image = resolve_name("pipeline.ingest:ingest")(
             args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
             overwrite=args.overwrite, run=run, watch=watch,
@@ -136,6 +136,17 @@ def _kind(result: Any) -> str:  # noqa: ANN401
 
 def _has_classes(result: Any) -> bool:  # noqa: ANN401
     return hasattr(result, "classes")
+
+
+def stitch(args: Namespace) -> Document:
+    """Make instances of class labels."""
+    with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
+        made = resolve_name("pipeline.stitch:stitch")(
+            args.image, labels=args.labels, name=args.name, classes=args.classes, min_voxels=args.min_voxels, run=run,
+            watch=watch,
+        )
+    document: Document = made.to_json()
+    return document
 
 
 def verify(args: Namespace) -> Document:
@@ -260,8 +271,8 @@ def _runner(args: Namespace, what: Any, scheme: Scheme) -> AbstractContextManage
     return _opened(args.cluster, n_workers, device=what.device)
 
 
-def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
-    """Return what runs the blocks of an ingest: as many processes here as it is worth, unless told otherwise."""
+def _copying(args: Namespace) -> AbstractContextManager[RunBlocks]:
+    """Return what runs blocks without a device: as many processes here as it is worth, unless told otherwise."""
     return _opened(args.cluster, args.workers) if args.workers or args.cluster != "local" else _here()
 
 
