@@ -59,9 +59,10 @@ def _counted(flat: NDArray[np.unsignedinteger[Any]], n: int) -> tuple[NDArray[np
     n_voxels, firsts = np.zeros(n + 1, np.int64), np.full(n + 1, flat.size, np.int64)
     for start in range(0, flat.size, _PART):
         part = flat[start : start + _PART]
-        n_voxels += np.bincount(part, minlength=n + 1)
         runs = np.concatenate([[0], 1 + np.flatnonzero(part[1:] != part[:-1])])
-        np.minimum.at(firsts, part[runs].astype(np.intp), start + runs)
+        ids = part[runs].astype(np.intp)
+        np.add.at(n_voxels, ids, np.diff(runs, append=part.size))
+        np.minimum.at(firsts, ids, start + runs)
     return n_voxels[1:], firsts[1:]
 
 
@@ -69,5 +70,5 @@ def coded(voxels: NDArray[Any], values: Sequence[int]) -> NDArray[np.unsignedint
     """Return 1 where a voxel has the first of some values, 2 where it has the second one, and 0 where it has none."""
     codes = np.zeros(voxels.shape, np.min_scalar_type(len(values)))
     for code, value in enumerate(values, start=1):
-        codes += (voxels == voxels.dtype.type(value)) * codes.dtype.type(code)
+        np.copyto(codes, codes.dtype.type(code), where=voxels == voxels.dtype.type(value))
     return codes

@@ -207,15 +207,7 @@ class InstanceBlocks:
         core, begin = self.grid.block(index).core, perf_counter()
         table, voxels = self.found.records.table(index), np.asarray(source[core.slices])
         read = perf_counter()
-        found = components(coded(voxels, self.found.values))
-        if len(table) != len(found) + 1:
-            raise RunError(
-                f"labels must stay the same while they are stitched, got {len(found)} components in block {index}, was "
-                f"{len(table) - 1}; delete {self.target.parent} and run the same command again"
-            )
-        instances = np.empty(core.shape, np.uint64)
-        for plane, ids in zip(instances, found.ids, strict=True):  # at once, it would take 8 bytes more of each voxel
-            plane[...] = table[ids]
+        instances = self._translated(index, coded(voxels, self.found.values), table)
         computed = perf_counter()
         with storage_errors(self.target):
             write_shard(target, core, instances, location=self.target)
@@ -223,3 +215,18 @@ class InstanceBlocks:
             index, core.n_voxels, read - begin, computed - read, perf_counter() - computed, peak_rss_bytes(),
             n_voxels_read=core.n_voxels,
         )  # fmt: skip
+
+    def _translated(
+        self, index: int, codes: NDArray[np.unsignedinteger[Any]], table: NDArray[np.uint64]
+    ) -> NDArray[np.uint64]:
+        """Return the final ids of a block's components, of the block's shape."""
+        found = components(codes)
+        if len(table) != len(found) + 1:
+            raise RunError(
+                f"labels must stay the same while they are stitched, got {len(found)} components in block {index}, was "
+                f"{len(table) - 1}; delete {self.target.parent} and run the same command again"
+            )
+        instances = np.empty(codes.shape, np.uint64)
+        for plane, ids in zip(instances, found.ids, strict=True):  # at once, it would take 8 bytes more of each voxel
+            plane[...] = table[ids]
+        return instances
