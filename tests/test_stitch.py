@@ -11,6 +11,7 @@ import pytest
 import zarr
 from instances import add_labels, checkerboard, class_labels, snake, whole
 from ome_zarr_models.v05 import Image as OmeImage
+from peaks import each_measured
 from volumes import n_whole, tree_digest
 
 from pipeline.cli import main
@@ -283,3 +284,27 @@ def test_the_command_prints_what_was_made(tmp_path, capsys):
     assert capsys.readouterr().err.strip() == (
         f"haloseg: classes of {image}/labels/cells are background, a, b, got c; name some of them"
     )
+
+
+MEASURED = """
+import json
+import sys
+
+from peaks import grown
+
+from pipeline.stitch import stitch
+
+
+def measure(image):
+    return grown(lambda: stitch(image, labels="cells", name="nuclei"))
+"""
+
+
+def test_memory_does_not_grow_with_the_volume(tmp_path):
+    images = []
+    for name, shape in {"few": (64, 128, 128), "many": (192, 256, 256)}.items():
+        (tmp_path / name).mkdir()
+        images.append(class_labels(tmp_path / name, mixed(shape), block=64, classes=("background", "a", "b")))
+    (few,), (many,) = (each_measured(MEASURED, [[image]]) for image in images)
+    assert many < 2 * few, (few >> 20, many >> 20)  # of 12 times as many voxels
+    assert many < 192 * 256 * 256 * 8 / 2
