@@ -49,8 +49,7 @@ def join(records: Records, grid: BlockGrid, *, min_voxels: int, watch: Watcher) 
     watch.begin("join", n_blocks=2 * len(grid), n_done=0)
     borders = _joined(records, grid, watch=watch)
     is_first = borders.sets == np.arange(len(borders.sets))
-    numbered = np.flatnonzero(is_first & (borders.n_voxels >= min_voxels))
-    numbered = numbered[np.argsort(borders.firsts[numbered], kind="stable")]
+    numbered = np.flatnonzero(is_first & (borders.n_voxels >= min_voxels))  # row by row, as blocks are
     rows = borders.firsts[numbered] // (grid.core_shape[0] * prod(grid.shape[1:]))
     of_border, n_instances = np.zeros(len(borders.sets), np.uint64), 0
     for row, blocks in enumerate(_rows(grid)):

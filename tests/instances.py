@@ -27,11 +27,12 @@ def whole(voxels, values, *, min_voxels=1):
     return table[at].reshape(voxels.shape)
 
 
-def class_labels(folder, voxels, *, block, name="cells", classes=()):
+def class_labels(folder, voxels, *, block, name="cells", classes=(), chunk=None, image=None):
     """Write an image whose labels of this name hold the voxels, with shards of this shape; returns the image's path."""
-    image, shard = str(folder / "scan.zarr"), (block,) * voxels.ndim if isinstance(block, int) else tuple(block)
+    image = image or str(folder / "scan.zarr")
+    shard = (block,) * voxels.ndim if isinstance(block, int) else tuple(block)
     np.save(folder / "scan.npy", np.zeros(voxels.shape, np.uint8))
-    made = ingest(str(folder / "scan.npy"), image, chunk=shard, shard=shard)
+    made = ingest(str(folder / "scan.npy"), image, chunk=chunk or shard, shard=shard)
     add_labels(made, voxels, name=name, classes=classes)
     return image
 

@@ -121,12 +121,27 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_in_the_same_bytes(tmp_path):
         assert name not in published(Location(image) / "labels")
         with pytest.raises(StoreError, match="unfinished run"):
             open_labels(f"{image}/labels/{name}")
-        ran = []
-        done = stitch(image, labels="cells", name=name, min_voxels=3, run=noting(ran))
+        ran, stages = [], Stages()
+        done = stitch(image, labels="cells", name=name, min_voxels=3, run=noting(ran), watch=stages)
+        assert ("join" in stages.names) == (kind is ComponentBlocks)
         assert done.n_run == 24 - (n if kind is InstanceBlocks else 0)
         n_components = sum(isinstance(work, ComponentBlocks) for work in ran)
         assert n_components == (24 - n if kind is ComponentBlocks else 0)
         assert digest_but_name(image, name) == expected
+
+
+class Stages:
+    """A watcher that notes the stages; see Watcher."""
+
+    def __init__(self):
+        self.names = []
+
+    def begin(self, stage, *, n_blocks, n_done):
+        del n_blocks, n_done
+        self.names.append(stage)
+
+    def advance(self, record):
+        del record
 
 
 def noting(ran):
@@ -184,6 +199,18 @@ def test_dask_workers_write_the_same_bytes(tmp_path):
     with open_runner(n_workers=2) as run:
         stitch(image, labels="cells", name="shared", min_voxels=2, run=run)
     assert digest_but_name(image, "shared") == digest_but_name(image, "serial")
+
+
+def test_images_in_a_bucket_are_stitched_as_those_on_a_disk_are(tmp_path, bucket):
+    voxels = mixed((20, 30))
+    image = class_labels(tmp_path, voxels, block=16, image=f"{bucket}/scan.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        stitch(image, labels="cells", name="nuclei", min_voxels=2, run=Stopping(InstanceBlocks, 1))
+    done, expected = stitch(image, labels="cells", name="nuclei", min_voxels=2), whole(voxels, (1, 2), min_voxels=2)
+    assert (done.n_run, done.n_instances) == (3, expected.max())
+    made = open_labels(f"{image}/labels/nuclei")
+    np.testing.assert_array_equal(made.array[:], expected)
+    assert sorted({key.partition("/")[0] for key in made.location.files()}) == ["0", "zarr.json"]
 
 
 def test_a_killed_process_group_goes_on_where_it_was(tmp_path):

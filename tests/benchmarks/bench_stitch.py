@@ -42,7 +42,7 @@ def make(folder, *, side, block):
     smooth = ndimage.gaussian_filter(np.random.default_rng(0).random((side,) * 3, np.float32), 4, mode="wrap")
     limits = np.quantile(smooth.ravel()[::97], (0.75, 0.9))
     voxels = np.digitize(smooth, limits).astype(np.uint8)
-    return class_labels(folder, voxels, block=block, classes=("background", "a", "b"))
+    return class_labels(folder, voxels, block=block, chunk=(64,), classes=("background", "a", "b"))
 
 
 def at_once(image):
