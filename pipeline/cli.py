@@ -116,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(segment := verb("segment", segment_help, cluster), segment_image)
     name_help = "IMAGE/labels/NAME, or IMAGE/predictions/NAME of a network trained with --target"
     segment.add_argument("--name", required=True, metavar="NAME", help=name_help)
+    instances_help = "then make IMAGE/labels/NAME, too, as stitch does: an id for each object"
+    segment.add_argument("--instances", metavar="NAME", help=instances_help)
     _add_stitch(verb("stitch", "make instances of class labels: each object gets an id of its own", cluster))
     _add_verify(verb("verify", "compute sampled boxes of a result again and tell the difference", cluster))
     evaluate = verb("evaluate", "compare with the truth: labels by Dice, Jaccard, accuracy; values by MAE, RMSE, PSNR")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme, Tta
-from pipeline.console import STDERR, bars
+from pipeline.console import STDERR, Bars, bars
 from pipeline.errors import ArgumentError
 
 Document = dict[str, Any]
@@ -106,18 +106,21 @@ def segment(args: Namespace) -> Document:
                     args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
                 )
             what = _plan(args, image, name=args.name, scheme=scheme)
+            if args.instances:
+                resolve_name("pipeline.stitch:check_ahead")(what.result, name=args.instances)
             with _runner(args, what, scheme) as run:
                 result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
-    return {
-        **_made(result.result), "voxels": result.n_voxels, "blocks": result.n_blocks,
-        "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
-        "voxels_per_s": result.voxels_per_s,
-        "read_amplification": result.read_amplification, "idle_share": result.idle_share,
-        "read_s": result.read_s, "wait_s": result.wait_s, "compute_s": result.compute_s, "write_s": result.write_s,
-        "peak_rss_bytes": result.peak_rss_bytes, "certificate": result.certificate,
-        "blocks_retried": result.retries.n_blocks,
-        "retries": [{"cause": cause, "attempts": n} for cause, n in result.retries.by_cause],
-    }  # fmt: skip
+            stitched = _stitched(args, image, watch) if args.instances else {}
+    return {**_made(result.result), **result.to_json(), **stitched}
+
+
+def _stitched(args: Namespace, image: str, watch: Bars) -> Document:
+    """Make instances of the labels that were segmented just now."""
+    with _copying(args) as run:
+        made = resolve_name("pipeline.stitch:stitch")(
+            image, labels=args.name, name=args.instances, run=run, watch=watch
+        )
+    return {"instances": made.n_instances, "instance_labels": str(made.labels.location)}
 
 
 def _made(result: Any) -> Document:  # noqa: ANN401 named in a module that is imported late

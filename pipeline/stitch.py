@@ -38,7 +38,7 @@ from pipeline.store.labels import (
 )
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.pyramid import Downsampling
-from pipeline.store.results import check_same_result, is_published
+from pipeline.store.results import Result, check_same_result, is_published, read_result
 from pipeline.works.components import ComponentBlocks, FoundValues, InstanceBlocks, Records, ValueBlocks
 
 MADE_BY = "haloseg stitch"
@@ -72,8 +72,7 @@ class Stitched:
             "instances": self.n_instances, "classes": made["classes"], "min_voxels": made["min_voxels"],
             "voxels": self.n_voxels, "blocks": self.n_blocks, "blocks_run": self.n_run,
             "blocks_kept": self.n_blocks - self.n_run, "wall_s": self.wall_s, "peak_rss_bytes": self.peak_rss_bytes,
-            "blocks_retried": self.retries.n_blocks,
-            "retries": [{"cause": cause, "attempts": n} for cause, n in self.retries.by_cause],
+            **self.retries.to_json(),
         }  # fmt: skip
 
 
@@ -128,6 +127,23 @@ def stitch(
         made, made.provenance["instances"], len(grid), len(grid) - len(done), perf_counter() - begin,
         tally.peak_rss_bytes, again.retries,
     )  # fmt: skip
+
+
+def check_ahead(labels: Result, *, name: str) -> None:
+    """Refuse, before labels are segmented, what could not be stitched afterwards; nothing is written.
+
+    Raises
+    ------
+    InputError : the network has no classes, or the name is that of something else.
+    """
+    if not isinstance(labels, Labels):
+        raise ArgumentError("instances are made of classes, got a network without; leave out the instances")
+    if name == labels.location.name:
+        raise ArgumentError(f"instances need a name of their own, got {name} for both; choose another")
+    there = read_result(labels.location.parent.parent, name)
+    made = (there.provenance or {}) if there else {"made_by": MADE_BY, "labels": labels.location.name}
+    if (made.get("made_by"), made.get("labels")) != (MADE_BY, labels.location.name):
+        raise StoreError(f"a name stands for one volume of an image, got {name}, which names another; choose another")
 
 
 def _planned(

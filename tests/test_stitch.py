@@ -12,7 +12,7 @@ import zarr
 from instances import add_labels, checkerboard, class_labels, snake, whole
 from ome_zarr_models.v05 import Image as OmeImage
 from peaks import each_measured
-from volumes import n_whole, tree_digest
+from volumes import model_file, n_whole, scan_file, tree_digest
 
 from pipeline.cli import main
 from pipeline.compute.cluster import open_runner
@@ -24,6 +24,7 @@ from pipeline.store.image import open_image
 from pipeline.store.labels import open_labels, published
 from pipeline.store.location import Location
 from pipeline.store.pyramid import Downsampling, downsample
+from pipeline.unet.settings import Head, Padding, UNetSettings
 from pipeline.works.components import ComponentBlocks, InstanceBlocks
 
 
@@ -311,6 +312,30 @@ def test_the_command_prints_what_was_made(tmp_path, capsys):
     assert capsys.readouterr().err.strip() == (
         f"haloseg: classes of {image}/labels/cells are background, a, b, got c; name some of them"
     )
+
+
+def test_segment_makes_instances_of_its_labels_where_it_is_asked_to(tmp_path, capsys):
+    scan_file(tmp_path / "scan.tif", (40, 50))
+    settings = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, n_convs=1, n_classes=3)
+    model, image = model_file(tmp_path / "model.safetensors", settings), str(tmp_path / "scan.zarr")
+    command = ["segment", str(tmp_path / "scan.tif"), "--model", model, "--name", "cells", "--instances"]
+    assert main([*command, "nuclei", "--json"]) == 0
+    told, classes = json.loads(capsys.readouterr().out), open_labels(f"{image}/labels/cells").array[:]
+    expected = whole(classes, (1, 2))
+    assert (told["instances"], told["instance_labels"]) == (expected.max(), f"{image}/labels/nuclei")
+    np.testing.assert_array_equal(open_labels(told["instance_labels"]).array[:], expected)
+    before = tree_digest(image)
+    assert main([*command, "nuclei", "--json"]) == 0
+    assert main([*command, "cells"]) == 2
+    assert "instances need a name of their own, got cells for both" in capsys.readouterr().err
+    elsewhere = ["segment", image, "--model", model, "--name", "others", "--instances", "nuclei"]
+    assert main(elsewhere) == 2
+    assert "got nuclei, which names another; choose another" in capsys.readouterr().err
+    values = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, n_convs=1, n_classes=1, head=Head.LINEAR)
+    model_file(model, values, target_windows=((0.0, 1.0),))
+    assert main([*command[:3], model, "--name", "restored", "--instances", "nuclei"]) == 2
+    assert "instances are made of classes, got a network without" in capsys.readouterr().err
+    assert tree_digest(image) == before
 
 
 MEASURED = """
