@@ -26,6 +26,9 @@ ScanPath = Annotated[str, Described("Path or URL of the scan, or of an image tha
 ImagePath = Annotated[str, Described("Path or URL of the OME-Zarr image to make, ending in .zarr")]
 ModelPath = Annotated[str, Described("Path or URL of the model file, or a name such as cells or cells@2")]
 LabelName = Annotated[str, Described("The label volume, IMAGE/labels/NAME, or IMAGE/predictions/NAME")]
+InstancesName = Annotated[
+    str | None, Described("Then make IMAGE/labels/NAME, too: an id for each object of the classes; empty: none")
+]
 TruthPath = Annotated[
     str | None, Described("What to compare with: a label volume or a scan of integers; of predictions an image")
 ]

@@ -1,4 +1,4 @@
-"""The flow of one scan: ingest, segment, evaluate, report. Stages are tasks, blocks are not; paths are all it holds."""
+"""The flow of one scan: ingest, segment, stitch, evaluate, report. Stages are tasks, blocks are not; it holds paths."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flows.parameters import (
     Cluster,
     Ignore,
     ImagePath,
+    InstancesName,
     LabelName,
     ModelPath,
     Numbers,
@@ -46,6 +47,7 @@ from pipeline.ingest import ingest
 from pipeline.plan import plan_segment
 from pipeline.report import picture
 from pipeline.segment import Segmented, segment
+from pipeline.stitch import check_ahead, stitch
 from pipeline.store.image import open_image, read_image
 from pipeline.store.lease import held
 from pipeline.store.location import Location
@@ -90,9 +92,9 @@ def _warn_of(retries: Retries) -> None:
 @stage("segment")
 def segment_stage(
     image: str, *, model: str, name: str, cluster: str, workers: int | None, budget_bytes: int | None,
-    precision: Precision, tta: Tta,
+    precision: Precision, tta: Tta, instances: str | None = None,
 ) -> Segmented:
-    """Make the label volume on the cluster's workers."""
+    """Make the label volume on the cluster's workers; of ``instances`` it is but seen that they can be made of it."""
     shared = SHARED_RUNNER.get()
     is_guess = cluster != "local" and not shared  # that cluster is not open yet: asked where something is to be done
     device = pick_device("auto") if cluster == "local" else shared.device() if shared else "cuda"
@@ -101,6 +103,8 @@ def segment_stage(
         n_workers, gpus = workers_here(device, asked=workers, usual=LOCAL_WORKERS)
     scheme = Scheme(device=device, budget_bytes=budget_bytes, precision=precision, tta=tta, n_workers=n_workers)
     plan = plan_segment(image, model=model, name=name, scheme=scheme)
+    if instances:
+        check_ahead(plan.result, name=instances)
     n_missing, key = len(plan.grid) - len(plan.done()), key_of(image, name)
     if n_missing and is_guess and (device := device_at(cluster)) != scheme.device:
         plan = plan_segment(image, model=model, name=name, scheme=replace(scheme, device=device))
@@ -131,6 +135,16 @@ def _runner(
     opened = nullcontext(shared) if shared else open_runner(cluster=cluster, n_workers=n_workers, gpus=gpus)
     with slot(), opened as run:
         yield replace(run, given_up=given_up())
+
+
+@stage("stitch")
+def stitch_stage(image: str, *, labels: str, name: str) -> Retries:
+    """Make instances of class labels; returns which blocks had to be run again."""
+    with watched(key=key_of(image, name)) as watch, here(n_most=_MOST_HOSTS, given_up=given_up()) as run:
+        made = stitch(image, labels=labels, name=name, run=run, watch=watch)
+    get_run_logger().info("%d instances in %s", made.n_instances, made.labels.location)
+    _warn_of(made.retries)
+    return made.retries
 
 
 @stage("evaluate")
@@ -165,8 +179,12 @@ def segment_scan(
     scan: ScanPath, image: ImagePath, model: ModelPath, name: LabelName = "classes", truth: TruthPath = None,
     cluster: Cluster = "local", workers: Workers = None, budget_bytes: Budget = None, shard: Shard = None,
     precision: Numbers = Precision.FLOAT32, tta: Augmentation = Tta.NONE, ignore: Ignore = None,
+    instances: InstancesName = None,
 ) -> Made:
-    """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again."""
+    """Ingest a scan, segment it, evaluate it where there is a truth, and report. Done work is not done again.
+
+    Where ``instances`` are asked for, each object of the classes gets an id of its own in a label volume of that name.
+    """
     try:
         model = model_path(model)
         check_paths(scan, image, model, truth)
@@ -178,9 +196,12 @@ def segment_scan(
             path, copied = ingest_stage(scan, image, shard=shard)
             result = segment_stage(
                 path, model=model, name=name, cluster=cluster, workers=workers, budget_bytes=budget_bytes,
-                precision=precision, tta=tta,
+                precision=precision, tta=tta, instances=instances,
             )  # fmt: skip
             result = replace(result, retries=result.retries.after("ingest", copied))
+            if instances:
+                stitched = stitch_stage(path, labels=name, name=instances)
+                result = replace(result, retries=result.retries.after("stitch", stitched))
             figures, cause = _evaluated(str(result.result.location), truth, ignore=ignore)
             report_stage(path, result, figures=figures, cause=cause)
     except GivenUpError as error:

@@ -24,7 +24,7 @@ from pipeline.console import bars, quantity
 from pipeline.errors import GivenUpError
 
 SECONDS_BETWEEN_UPDATES = 2.0
-_SHOWN_STAGES = ("ingest", "segment", "evaluate")
+_SHOWN_STAGES = ("ingest", "segment", "evaluate", "components", "instances")
 _LARGEST_SHARE_COUNTING = 0.05
 _SHARE_BETWEEN_UPDATES = 0.01
 

@@ -116,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(segment := verb("segment", segment_help, cluster), segment_image)
     name_help = "IMAGE/labels/NAME, or IMAGE/predictions/NAME of a network trained with --target"
     segment.add_argument("--name", required=True, metavar="NAME", help=name_help)
+    instances_help = "then make IMAGE/labels/NAME, too, as stitch does: an id for each object"
+    segment.add_argument("--instances", metavar="NAME", help=instances_help)
+    _add_stitch(verb("stitch", "make instances of class labels: each object gets an id of its own", cluster))
     _add_verify(verb("verify", "compute sampled boxes of a result again and tell the difference", cluster))
     evaluate_help = "compare with the truth: labels by Dice, Jaccard, accuracy; values by MAE, RMSE, PSNR"
     _add_evaluate(verb("evaluate", evaluate_help))
@@ -211,6 +214,16 @@ def _add_plan(verb: argparse.ArgumentParser, image_help: str) -> None:
         "--tta", default="none", choices=("none", "flips", "rotations"),
         help="mean over the flipped scan, 4 or 8 times the work in 2-D or 3-D; rotations: twice as many",
     )  # fmt: skip
+
+
+def _add_stitch(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--labels", required=True, metavar="NAME", help="the class labels: IMAGE/labels/NAME")
+    verb.add_argument("--name", required=True, metavar="NAME", help="the instances: IMAGE/labels/NAME")
+    classes_help = "whose objects are wanted, by name or value (default: all but the first)"
+    verb.add_argument("--classes", type=_words, default=(), metavar="A,B,..", help=classes_help)
+    voxels_help = "leave out objects of fewer voxels (default 1)"
+    verb.add_argument("--min-voxels", type=_positive, default=1, metavar="N", help=voxels_help)
 
 
 def _add_verify(verb: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme, Tta
-from pipeline.console import STDERR, bars
+from pipeline.console import STDERR, Bars, bars
 from pipeline.errors import ArgumentError
 
 Document = dict[str, Any]
@@ -35,14 +35,14 @@ def ingest(args: Namespace) -> Document:
     if args.labels_of:
         if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
             raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
-        with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.labels_of):
+        with bars(shown=True) as watch, _copying(args) as run, _held(args.labels_of):
             labels = resolve_name("pipeline.ingest:ingest_labels")(
                 args.scan, image=args.labels_of, name=args.name, run=run, watch=watch
             )
         return _described(str(labels.location))
     if not args.image or args.name:
         raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
-    with bars(shown=True) as watch, _ingest_runner(args) as run, _held(args.image):
+    with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
         image = resolve_name("pipeline.ingest:ingest")(
             args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
             overwrite=args.overwrite, run=run, watch=watch,
@@ -106,18 +106,21 @@ def segment(args: Namespace) -> Document:
                     args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
                 )
             what = _plan(args, image, name=args.name, scheme=scheme)
+            if args.instances:
+                resolve_name("pipeline.stitch:check_ahead")(what.result, name=args.instances)
             with _runner(args, what, scheme) as run:
                 result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
-    return {
-        **_made(result.result), "voxels": result.n_voxels, "blocks": result.n_blocks,
-        "blocks_run": result.n_run, "blocks_kept": result.n_blocks - result.n_run, "wall_s": result.wall_s,
-        "voxels_per_s": result.voxels_per_s,
-        "read_amplification": result.read_amplification, "idle_share": result.idle_share,
-        "read_s": result.read_s, "wait_s": result.wait_s, "compute_s": result.compute_s, "write_s": result.write_s,
-        "peak_rss_bytes": result.peak_rss_bytes, "certificate": result.certificate,
-        "blocks_retried": result.retries.n_blocks,
-        "retries": [{"cause": cause, "attempts": n} for cause, n in result.retries.by_cause],
-    }  # fmt: skip
+            stitched = _stitched(args, image, watch) if args.instances else {}
+    return {**_made(result.result), **result.to_json(), **stitched}
+
+
+def _stitched(args: Namespace, image: str, watch: Bars) -> Document:
+    """Make instances of the labels that were segmented just now."""
+    with _copying(args) as run:
+        made = resolve_name("pipeline.stitch:stitch")(
+            image, labels=args.name, name=args.instances, run=run, watch=watch
+        )
+    return {"instances": made.n_instances, "instance_labels": str(made.labels.location)}
 
 
 def _made(result: Any) -> Document:  # noqa: ANN401 named in a module that is imported late
@@ -136,6 +139,17 @@ def _kind(result: Any) -> str:  # noqa: ANN401
 
 def _has_classes(result: Any) -> bool:  # noqa: ANN401
     return hasattr(result, "classes")
+
+
+def stitch(args: Namespace) -> Document:
+    """Make instances of class labels."""
+    with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
+        made = resolve_name("pipeline.stitch:stitch")(
+            args.image, labels=args.labels, name=args.name, classes=args.classes, min_voxels=args.min_voxels, run=run,
+            watch=watch,
+        )
+    document: Document = made.to_json()
+    return document
 
 
 def verify(args: Namespace) -> Document:
@@ -259,8 +273,8 @@ def _runner(args: Namespace, what: Any, scheme: Scheme) -> AbstractContextManage
     return _opened(args.cluster, n_workers, device=what.device)
 
 
-def _ingest_runner(args: Namespace) -> AbstractContextManager[RunBlocks]:
-    """Return what runs the blocks of an ingest: as many processes here as it is worth, unless told otherwise."""
+def _copying(args: Namespace) -> AbstractContextManager[RunBlocks]:
+    """Return what runs blocks without a device: as many processes here as it is worth, unless told otherwise."""
     return _opened(args.cluster, args.workers) if args.workers or args.cluster != "local" else _here()
 
 

@@ -59,6 +59,7 @@ def _labels(labels: Labels) -> dict[str, Any]:
         "shape": list(labels.spatial_shape), "dtype": labels.dtype, "classes": list(labels.classes),
         "chunk": list(labels.layout.chunk), "shard": list(labels.layout.shard),
         "made_by": made.get("made_by"), "model": made.get("model"),
+        **({"instances": made["instances"]} if "instances" in made else {}),
         "levels": [{"path": level.path, "shape": list(level.shape)} for level in labels.levels],
     }  # fmt: skip
 

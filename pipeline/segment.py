@@ -82,6 +82,16 @@ class Segmented:
         """Share of its time that the device waited for voxels or for room for results."""
         return self.wait_s / max(1e-9, self.wait_s + self.compute_s)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what was done as a JSON object."""
+        return {
+            "voxels": self.n_voxels, "blocks": self.n_blocks, "blocks_run": self.n_run,
+            "blocks_kept": self.n_blocks - self.n_run, "wall_s": self.wall_s, "voxels_per_s": self.voxels_per_s,
+            "read_amplification": self.read_amplification, "idle_share": self.idle_share,
+            **{f"{stage}_s": seconds for stage, seconds in self.stages},
+            "peak_rss_bytes": self.peak_rss_bytes, "certificate": self.certificate, **self.retries.to_json(),
+        }  # fmt: skip
+
 
 class _Tally:
     """Adds up the records of a run."""

@@ -56,8 +56,9 @@ def test_every_command_of_the_readme_runs_in_its_order(tmp_path, run):
     (tmp_path / "quick.toml").write_text("steps = 60\nvalidate_every = 30\npatch = 64\nbatch = 4\n")
     quick = [line.replace("--minutes 30", "--minutes 30 --recipe quick.toml") for line in lines]
     documents = [run(shlex.split(line)[1:]) for line in quick]
-    assert documents[-2]["mean_dice"] > 0.5
-    assert documents[-1]["labels"] == ["cells", "truth"]
+    assert documents[-3]["mean_dice"] > 0.5
+    assert documents[-2]["instances"] > 0
+    assert documents[-1]["labels"] == ["cells", "nuclei", "truth"]
 
 
 def test_the_other_commands_of_the_readme_run_on_what_they_name(tmp_path, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import Watcher
@@ -24,6 +25,11 @@ class Retries:
         """All of it in one line; empty where nothing was run again."""
         causes = "; ".join(f"{cause} ({n:,})" for cause, n in self.by_cause)
         return f"{self.n_blocks:,}, {causes}" if self.n_blocks else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as the fields of a JSON object."""
+        causes = [{"cause": cause, "attempts": n} for cause, n in self.by_cause]
+        return {"blocks_retried": self.n_blocks, "retries": causes}
 
     def after(self, stage: str, before: Retries) -> Retries:
         """Return these together with those of the stage before, whose causes then say so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -81,6 +82,11 @@ class RunBlocks(Protocol):
     ) -> tuple[Quarantined, ...]:
         """Run every block, calling ``on_record`` here, in the caller's thread, as each one finishes."""
         ...
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cause_of(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.compute.pulse import beat
-from pipeline.compute.runner import BlockRecord
+from pipeline.compute.runner import BlockRecord, peak_rss_bytes
 from pipeline.config import EngineName, Precision, Tta
 from pipeline.errors import RunError
 from pipeline.geometry.box import Box
@@ -150,8 +149,3 @@ class SegmentBlocks:
             index, block.core.n_voxels, read - begin, computed - read, written - computed, peak_rss_bytes(),
             n_voxels_read=block.tile.clip(self.outputs.grid.shape).n_voxels,
         )  # fmt: skip
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.compute.metrics import count_wrong_box
 from pipeline.compute.pulse import beat
-from pipeline.compute.runner import BlockRecord
+from pipeline.compute.runner import BlockRecord, peak_rss_bytes
 from pipeline.config import Precision
 from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import read_mirrored
@@ -22,7 +22,7 @@ from pipeline.unet.numbers import Pairs
 from pipeline.unet.predict import Predictor
 from pipeline.unet.settings import Head
 from pipeline.unet.turns import mean_of
-from pipeline.works.blocks import Opened, SegmentBlocks, peak_rss_bytes
+from pipeline.works.blocks import Opened, SegmentBlocks
 from pipeline.works.columns import SegmentColumns, parts_of
 
 TOLERANCE = 1e-5

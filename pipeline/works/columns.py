@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.compute.ahead import WriteBehind, read_ahead
 from pipeline.compute.clock import StageClock
 from pipeline.compute.metrics import Meter, meter
-from pipeline.compute.runner import BlockRecord
+from pipeline.compute.runner import BlockRecord, peak_rss_bytes
 from pipeline.config import Precision, Tta
 from pipeline.errors import BudgetError
 from pipeline.geometry.box import Box
@@ -26,7 +26,7 @@ from pipeline.unet.device import peak_device_bytes
 from pipeline.unet.engine import Engine
 from pipeline.unet.model import unets_of
 from pipeline.unet.turns import engines_of
-from pipeline.works.blocks import Opened, Outputs, loaded, peak_rss_bytes
+from pipeline.works.blocks import Opened, Outputs, loaded
 
 log = logging.getLogger("haloseg")
 

@@ -5,7 +5,9 @@ import re
 import socket
 
 import imagecodecs
+import numpy as np
 import pytest
+from instances import whole
 from prefect.artifacts import Artifact
 from volumes import model_file, scan_file
 
@@ -14,6 +16,7 @@ from flows.ingest import ingest_scan
 from flows.segment import segment_scan
 from flows.showing import key_of
 from pipeline.errors import ArgumentError, ScanError, TakenError
+from pipeline.store.labels import open_labels
 from pipeline.store.lease import lease
 from pipeline.store.location import Location
 from pipeline.unet.settings import Head, Padding, UNetSettings
@@ -58,6 +61,19 @@ def test_what_a_network_without_classes_predicts_is_compared_and_shown(server, t
     assert "values differ by at most" in report.data
     png = base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", report.data)[1])
     assert imagecodecs.png_decode(png).shape[1] == (2 * 20 + 8) * 25
+
+
+def test_objects_get_an_id_each_where_that_is_asked_for(server, tmp_path):
+    scan_file(tmp_path / "scan.tif", (40, 50))
+    settings = UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME, n_convs=1)
+    model = str(model_file(tmp_path / "model.safetensors", settings))
+    scan, image = str(tmp_path / "scan.tif"), str(tmp_path / "scan.zarr")
+    result, _ = segment_scan(scan, image, model, name="cells", instances="nuclei", workers=1)
+    classes = open_labels(str(result.result.location)).array[:]
+    np.testing.assert_array_equal(open_labels(f"{image}/labels/nuclei").array[:], whole(classes, (1,)))
+    assert Artifact.get(key=key_of(image, "nuclei", "instances")).data == 100.0
+    state = segment_scan(scan, image, model, name="cells", instances="cells", return_state=True)
+    assert state.message == "instances need a name of their own, got cells for both; choose another"
 
 
 def test_what_is_wrong_is_the_state_of_the_run_in_one_line(server, tmp_path, caplog):
