@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compare import Compared, compare, holds_values, is_labels
+from pipeline.compare import Compared, compare, holds_values, is_labels, may_be_labels
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.errors import InputError, ScanError
+from pipeline.geometry.box import Box
 from pipeline.geometry.grid import BlockGrid
 from pipeline.geometry.mirror import Sliceable
 from pipeline.labels.metrics import ContingencyTable, Figures
+from pipeline.labels.whole import as_labels
 from pipeline.scans.backend import open_scan
 from pipeline.store.labels import open_labels, read_labels
 from pipeline.store.location import Location
@@ -60,15 +62,22 @@ class Volume:
         """Voxels along the spatial axes."""
         return tuple(self.array.shape)
 
-    def read(self, index: tuple[slice, ...]) -> NDArray[Any]:
-        """Return the labels under the slices."""
-        return np.asarray(self.array[index])
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the labels of a box.
+
+        Raises
+        ------
+        ScanError : they are stored as floats, and one is no whole number.
+        """
+        voxels = np.asarray(self.array[box.slices])
+        return as_labels(voxels, axes="zyx"[-box.ndim :], start=box.start, path=self.path)
 
 
 def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evaluated | Compared:
     """Compare two volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers: by classes.
 
-    Predictions, images, and scans of floats or with channels are compared by their values.
+    Predictions, images, and scans of floats or with channels are compared by their values, but floats with a label
+    volume by classes.
 
     Where the predicted labels know what their classes were called in training (0 and 255, say), a truth that is
     written in those values is translated.
@@ -77,7 +86,8 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
     ------
     InputError : the volumes cannot be compared.
     """
-    if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
+    are_labels = is_labels(predicted) or (is_labels(truth) and may_be_labels(predicted))
+    if not are_labels and (holds_values(predicted) or holds_values(truth)):
         return compare(predicted, truth, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
     if ours.shape != theirs.shape:
@@ -91,9 +101,8 @@ def evaluate(predicted: str, truth: str, *, watch: Watcher = UNWATCHED) -> Evalu
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
     table = ContingencyTable.empty(len(values))
     for block in grid:
-        index = block.core.slices
         table = table + ContingencyTable.of(
-            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values
+            ours.read(block.core), theirs.read(block.core), values=values, predicted_values=ours_values
         )
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
     return Evaluated(names, values, int(table.counts.sum()), table.figures())
@@ -106,11 +115,9 @@ def open_volume(path: str) -> Volume:
         labels = open_labels(location)
         return Volume(labels.array, path, labels.classes, labels.class_values)
     scan = open_scan(path)
-    if scan.dtype.kind not in "iub" or "c" in scan.dims:
-        raise ScanError(
-            f"labels must be integers without channels, got {scan.dtype} with axes {''.join(map(str, scan.dims))} in "
-            f"{path}; convert them first"
-        )
+    if "c" in scan.dims:
+        axes = "".join(map(str, scan.dims))
+        raise ScanError(f"labels must have one value per voxel, got axes {axes} in {path}; save one channel")
     return Volume(scan, path)
 
 
@@ -135,7 +142,7 @@ def _values(volume: Volume, grid: BlockGrid) -> set[int]:
     """Return all values of a label volume; refuses those that are no classes but instances."""
     found: set[int] = set()
     for block in grid:
-        found |= set(map(int, np.unique(volume.read(block.core.slices))))
+        found |= set(map(int, np.unique(volume.read(block.core))))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(
                 f"evaluate compares at most {_LARGEST_CLASSES} classes, got more values in {volume.path}; give class "
