@@ -18,9 +18,10 @@ from typing import NoReturn
 
 from rich.logging import RichHandler
 
-from pipeline import commands
+from pipeline import commands, interrupts
 from pipeline.console import STDERR, show
 from pipeline.errors import InputError, PipelineError
+from pipeline.interrupts import INTERRUPTS
 
 _NEGATIVE_LIST = re.compile(r"-[\d.][\d.e+-]*(,[\d.e+-]+)+")  # which argparse takes for an option
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -42,18 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     for name in ("distributed", "asyncio"):  # not tifffile, whose complaints tell of damage
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        show(document := args.run(args), as_json=args.json)
-    except PipelineError as error:
+    with INTERRUPTS.raised():
+        try:
+            return _run(args)
+        except KeyboardInterrupt:
+            return _fail(interrupts.LINE, interrupts.CODE)
+        except Exception as error:
+            if INTERRUPTS.came:  # what a library made of it
+                return _fail(interrupts.LINE, interrupts.CODE)
+            if (code := _told(error)) is None:
+                raise
+            return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    show(document := args.run(args), as_json=args.json)
+    sys.stdout.flush()
+    return 0 if document.get("verified") is not False else 1
+
+
+def _told(error: Exception) -> int | None:
+    """Say in one line what a caller can act on, and return the exit code; None of a mistake of ours."""
+    if isinstance(error, PipelineError):
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    if isinstance(error, OSError):
         return _fail(f"storage must answer, got {error}; mend it and run the same command again", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what is done is kept: the same command goes on", 130)
-    return 0 if document.get("verified") is not False else 1
+    return None
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -10,13 +10,13 @@ import os
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.compute.runner import RunBlocks, run_serial
 from pipeline.config import UNCOUNTED_WORKERS, WORTH_A_WORKER, EngineName, Precision, Scheme, Tta
 from pipeline.console import STDERR, Bars, bars
 from pipeline.errors import ArgumentError
+from pipeline.interrupts import late
 
 Document = dict[str, Any]
 
@@ -26,7 +26,7 @@ def demo(args: Namespace) -> Document:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")  # the UI keeps all of it
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # 20 are too few of a busy machine
-    document: Document = resolve_name("flows.demo:demo")(args.folder)
+    document: Document = late("flows.demo:demo")(args.folder)
     return document
 
 
@@ -35,15 +35,15 @@ def ingest(args: Namespace) -> Document:
     if args.labels_of:
         if args.image or not args.name or args.voxel_size_um or args.chunk or args.shard or args.overwrite:
             raise ArgumentError("labels take: haloseg ingest --labels-of IMAGE --name NAME SCAN, got other arguments")
+        ingest_labels = late("pipeline.ingest:ingest_labels")
         with bars(shown=True) as watch, _copying(args) as run, _held(args.labels_of):
-            labels = resolve_name("pipeline.ingest:ingest_labels")(
-                args.scan, image=args.labels_of, name=args.name, run=run, watch=watch
-            )
+            labels = ingest_labels(args.scan, image=args.labels_of, name=args.name, run=run, watch=watch)
         return _described(str(labels.location))
     if not args.image or args.name:
         raise ArgumentError("an image takes: haloseg ingest SCAN IMAGE, got another number of paths or --name")
+    ingest_image = late("pipeline.ingest:ingest")
     with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
-        image = resolve_name("pipeline.ingest:ingest")(
+        image = ingest_image(
             args.scan, args.image, voxel_size_um=args.voxel_size_um, chunk=args.chunk, shard=args.shard,
             overwrite=args.overwrite, run=run, watch=watch,
         )  # fmt: skip
@@ -57,38 +57,38 @@ def info(args: Namespace) -> Document:
 
 def train(args: Namespace) -> Document:
     """Train a model."""
-    document: Document = resolve_name("pipeline.train:command")(args, console=STDERR)
+    document: Document = late("pipeline.train:command")(args, console=STDERR)
     return document
 
 
 def ensemble(args: Namespace) -> Document:
     """Make one model of several."""
-    document: Document = resolve_name("pipeline.ensemble:command")(args)
+    document: Document = late("pipeline.ensemble:command")(args)
     return document
 
 
 def import_(args: Namespace) -> Document:
     """Make a model of a network from elsewhere."""
-    document: Document = resolve_name("pipeline.importing:command")(args)
+    document: Document = late("pipeline.importing:command")(args)
     return document
 
 
 def export(args: Namespace) -> Document:
     """Write a model for other programs."""
-    document: Document = resolve_name("pipeline.export:command")(args)
+    document: Document = late("pipeline.export:command")(args)
     return document
 
 
 def inspect(args: Namespace) -> Document:
     """Tell what a model is."""
-    document: Document = resolve_name("pipeline.inspect:inspect")(_model(args.model))
+    document: Document = late("pipeline.inspect:inspect")(_model(args.model))
     return document
 
 
 def plan(args: Namespace) -> Document:
     """Tell what segment would do."""
     what = _plan(args, args.image, name="plan", scheme=_scheme_of(args))
-    seconds = resolve_name("pipeline.forecast:forecast_s")(what) if args.calibrate else None
+    seconds = late("pipeline.forecast:forecast_s")(what) if args.calibrate else None
     if args.calibrate and seconds is None:
         STDERR.print("no time is told: slabs of columns are timed, and this run goes by tiles", soft_wrap=True)
     speed = {"seconds": seconds, "voxels_per_s": prod(what.grid.shape) / seconds} if seconds else {}
@@ -98,26 +98,25 @@ def plan(args: Namespace) -> Document:
 
 def segment(args: Namespace) -> Document:
     """Segment an image or a scan."""
-    with bars(shown=True) as watch:
-        scheme = _scheme_of(args)
-        with _held(resolve_name("pipeline.segment:image_of")(args.image)):
-            with _here(args.workers) as run:
-                image = resolve_name("pipeline.segment:as_image")(
-                    args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
-                )
-            what = _plan(args, image, name=args.name, scheme=scheme)
-            if args.instances:
-                resolve_name("pipeline.stitch:check_ahead")(what.result, name=args.instances)
-            with _runner(args, what, scheme) as run:
-                result = resolve_name("pipeline.segment:segment")(what, run=run, watch=watch)
-            stitched = _stitched(args, image, watch) if args.instances else {}
+    scheme = _scheme_of(args)
+    with bars(shown=True) as watch, _held(late("pipeline.segment:image_of")(args.image)):
+        with _here(args.workers) as run:
+            image = late("pipeline.segment:as_image")(
+                args.image, model=_model(args.model), name=args.name, scheme=scheme, run=run, watch=watch
+            )
+        what = _plan(args, image, name=args.name, scheme=scheme)
+        if args.instances:
+            late("pipeline.stitch:check_ahead")(what.result, name=args.instances)
+        with _runner(args, what, scheme) as run:
+            result = late("pipeline.segment:segment")(what, run=run, watch=watch)
+        stitched = _stitched(args, image, watch) if args.instances else {}
     return {**_made(result.result), **result.to_json(), **stitched}
 
 
 def _stitched(args: Namespace, image: str, watch: Bars) -> Document:
     """Make instances of the labels that were segmented just now."""
     with _copying(args) as run:
-        made = resolve_name("pipeline.stitch:stitch")(
+        made = late("pipeline.stitch:stitch")(
             image, labels=args.name, name=args.instances, run=run, watch=watch
         )
     return {"instances": made.n_instances, "instance_labels": str(made.labels.location)}
@@ -144,7 +143,7 @@ def _has_classes(result: Any) -> bool:  # noqa: ANN401
 def stitch(args: Namespace) -> Document:
     """Make instances of class labels."""
     with bars(shown=True) as watch, _copying(args) as run, _held(args.image):
-        made = resolve_name("pipeline.stitch:stitch")(
+        made = late("pipeline.stitch:stitch")(
             args.image, labels=args.labels, name=args.name, classes=args.classes, min_voxels=args.min_voxels, run=run,
             watch=watch,
         )
@@ -155,13 +154,13 @@ def stitch(args: Namespace) -> Document:
 def verify(args: Namespace) -> Document:
     """Compute sampled boxes of a result again, by the reference."""
     scheme = Scheme(budget_bytes=args.budget, **_sharing(args, _device(args)))
-    what = resolve_name("pipeline.verify:plan_verify")(
+    what = late("pipeline.verify:plan_verify")(
         args.image, name=args.name, model=args.model and _model(args.model), scheme=scheme
     )
-    work = resolve_name("pipeline.verify:verifying_multiply_adds")(what, n_boxes=args.boxes)
+    work = late("pipeline.verify:verifying_multiply_adds")(what, n_boxes=args.boxes)
     n_workers = min(scheme.shared(work), args.boxes)
     with bars(shown=True) as watch, _opened(args.cluster, n_workers, device=scheme.device) as run:
-        certificate = resolve_name("pipeline.verify:verified")(
+        certificate = late("pipeline.verify:verified")(
             what, n_boxes=args.boxes, seed=args.seed, run=run, watch=watch
         )
     document: Document = certificate.to_json()
@@ -170,31 +169,32 @@ def verify(args: Namespace) -> Document:
 
 def evaluate(args: Namespace) -> Document:
     """Compare labels, or values, with the truth."""
+    judged = late("pipeline.evaluate:command")
     with bars(shown=True) as watch:
-        document: Document = resolve_name("pipeline.evaluate:command")(args, watch=watch)
+        document: Document = judged(args, watch=watch)
     return document
 
 
 def _held(image: str) -> AbstractContextManager[None]:
     """Hold an image's lease: no other run, of an archive, say, works on it at the same time."""
-    location = resolve_name("pipeline.store.location:Location")(image).absolute()
-    held: AbstractContextManager[None] = resolve_name("pipeline.store.lease:held")(location)
+    location = late("pipeline.store.location:Location")(image).absolute()
+    held: AbstractContextManager[None] = late("pipeline.store.lease:held")(location)
     return held
 
 
 def _model(model: str) -> str:
     """Return the path of a model that is told by path or by name."""
-    path: str = resolve_name("pipeline.store.shelf:model_path")(model)
+    path: str = late("pipeline.store.shelf:model_path")(model)
     return path
 
 
 def _described(path: str) -> Document:
-    document: Document = resolve_name("pipeline.info:info")(path)
+    document: Document = late("pipeline.info:info")(path)
     return document
 
 
 def _plan(args: Namespace, image: str, *, name: str, scheme: Scheme) -> Any:  # noqa: ANN401 of a module imported late
-    return resolve_name("pipeline.plan:plan_segment")(
+    return late("pipeline.plan:plan_segment")(
         image, model=_model(args.model), name=name, probabilities=args.probabilities, scheme=scheme
     )
 
@@ -211,9 +211,9 @@ def _device(args: Namespace) -> str:
     """Return where the blocks are computed: by the workers of a scheduler, which may have GPUs, or here."""
     cluster = getattr(args, "cluster", "local")
     if cluster == "local":
-        device = resolve_name("pipeline.unet.device:pick_device")(args.device)
+        device = late("pipeline.unet.device:pick_device")(args.device)
     else:
-        device = args.device if args.device != "auto" else resolve_name("pipeline.compute.cluster:device_at")(cluster)
+        device = args.device if args.device != "auto" else late("pipeline.compute.cluster:device_at")(cluster)
     return str(device)
 
 
@@ -223,14 +223,14 @@ def _sharing(args: Namespace, device: str) -> Document:
     n_workers = args.workers or UNCOUNTED_WORKERS
     if is_local:
         usual = min(os.cpu_count() or 1, 8)
-        n_workers, _ = resolve_name("pipeline.unet.device:workers_here")(device, asked=args.workers, usual=usual)
+        n_workers, _ = late("pipeline.unet.device:workers_here")(device, asked=args.workers, usual=usual)
     worth = WORTH_A_WORKER[device] if is_local and not args.workers else None
     return {"device": device, "n_workers": n_workers, "worth_a_worker": worth}
 
 
 def _gpus(n_workers: int) -> tuple[str, ...]:
     """Return the GPUs of so many processes here, one for each."""
-    gpus: tuple[str, ...] = resolve_name("pipeline.unet.device:gpus_for")(n_workers)
+    gpus: tuple[str, ...] = late("pipeline.unet.device:gpus_for")(n_workers)
     return gpus
 
 
@@ -252,7 +252,7 @@ def _planned(what: Any) -> Document:  # noqa: ANN401 named in a module that is i
 def _scheme(what: Any) -> Document:  # noqa: ANN401
     columns = what.columns
     if columns is None:
-        why = resolve_name("pipeline.unet.families:why_not_streamed")(what.model.settings) or "asked for"
+        why = late("pipeline.unet.families:why_not_streamed")(what.model.settings) or "asked for"
         return {"tiles": what.n_units, "tile_shape": list(what.tile_shape), "tiles_because": why}
     grid = columns.grid(what.grid)
     return {
@@ -281,7 +281,7 @@ def _copying(args: Namespace) -> AbstractContextManager[RunBlocks]:
 def _here(n_most: int | None = None) -> AbstractContextManager[RunBlocks]:
     """Return what copies in processes of this machine: as many as it is worth, at most so many."""
     most = {"n_most": n_most} if n_most else {}
-    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.hosts:here")(**most)
+    runner: AbstractContextManager[RunBlocks] = late("pipeline.compute.hosts:here")(**most)
     return runner
 
 
@@ -293,7 +293,7 @@ def _opened(cluster: str, n_workers: int | None, *, device: str = "cpu") -> Abst
     gpus = _gpus(n_workers) if cluster == "local" and device == "cuda" else ()
     if gpus:
         STDERR.print(f"{n_workers} workers, each with a GPU: {', '.join(gpus)}")
-    runner: AbstractContextManager[RunBlocks] = resolve_name("pipeline.compute.cluster:open_runner")(
+    runner: AbstractContextManager[RunBlocks] = late("pipeline.compute.cluster:open_runner")(
         cluster=cluster, n_workers=n_workers, gpus=gpus
     )
     return runner

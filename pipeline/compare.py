@@ -63,13 +63,14 @@ class Values:
 
 def holds_values(path: str) -> bool:
     """Whether intensities lie here, not labels: a prediction, an image of ours, or a scan of floats or channels."""
+    return not is_labels(path) and (not may_be_labels(path) or open_scan(path).dtype.kind == "f")
+
+
+def may_be_labels(path: str) -> bool:
+    """Whether a scan lies here that has one value per voxel, floats perhaps, and is no volume of ours."""
     location = Location(str(path))
-    if read_labels(location) is not None:
-        return False
-    if read_prediction(location) is not None or read_image(location) is not None:
-        return True
-    scan = open_scan(path)
-    return bool(scan.dtype.kind == "f" or "c" in scan.dims)
+    ours = read_prediction(location) is not None or read_image(location) is not None
+    return not ours and "c" not in open_scan(path).dims
 
 
 def is_labels(path: str) -> bool:

@@ -23,6 +23,7 @@ from pipeline.compute.runner import BlockRecord, Quarantined, RunBlocks
 from pipeline.compute.watch import Watcher
 from pipeline.geometry.grid import Block, BlockGrid
 from pipeline.identity import unchanged
+from pipeline.labels.whole import as_labels
 from pipeline.scans.backend import open_scan
 from pipeline.scans.cache import DECODED
 from pipeline.store.arrays import done_shards, open_array, shard_location, write_shard
@@ -85,7 +86,9 @@ class IngestBlocks:
         core, begin = block.core, perf_counter()
         region = dict(zip(spatial_of(scan), core.slices, strict=True))
         with unchanged(self.scan, self.stamps):
-            voxels = np.asarray(scan.isel(region)).astype(target.dtype, copy=False)
+            voxels = np.asarray(scan.isel(region))
+            if voxels.dtype != target.dtype:  # booleans, or floats that are labels
+                voxels = as_labels(voxels, axes="".join(map(str, scan.dims)), start=core.start, path=self.scan)
         voxels = voxels.reshape(target.shape[: target.ndim - core.ndim] + core.shape)
         read_s = perf_counter() - begin
         with storage_errors(self.target):

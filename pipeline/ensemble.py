@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArgumentError, ModelError
+from pipeline.replacing import save_new
 from pipeline.store.location import Location
 from pipeline.store.shelf import called, model_path, to_be_written
 from pipeline.unet.families import name_of
 from pipeline.unet.foreign.network import ForeignSettings
 from pipeline.unet.members import together
-from pipeline.unet.model import Model, load_model, save_model
+from pipeline.unet.model import Model, load_model
 from pipeline.unet.settings import UNetSettings
 
 # What must be the same, and how it is called where it is not.
@@ -145,7 +146,7 @@ def command(args: Namespace) -> dict[str, Any]:
     with to_be_written(args.model) as path:
         if _resolved(path) in map(_resolved, paths):
             raise ArgumentError(f"an ensemble must not take its member's place, got {path}; name another file")
-        saved = save_model(model, path)
+        saved = save_new(model, path)
     return {
         "model": path, "sha256": saved.digest, "kind": kind_of(saved), "networks": saved.n_networks,
         "classes": list(saved.classes), "members": members_told(saved),

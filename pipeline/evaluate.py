@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare import Compared, compare, holds_values, is_labels
+from pipeline.compare import Compared, compare, holds_values, is_labels, may_be_labels
 from pipeline.compute.runner import BlockRecord
 from pipeline.compute.watch import UNWATCHED, Watcher
 from pipeline.errors import ArgumentError, InputError
@@ -52,7 +52,8 @@ def evaluate(
 ) -> Evaluated | Compared:
     """Compare two volumes of the same shape, each ``IMAGE.zarr/labels/NAME`` or a scan file of integers: by classes.
 
-    Predictions, images, and scans of floats or with channels are compared by their values.
+    Predictions, images, and scans of floats or with channels are compared by their values, but floats with a label
+    volume by classes.
 
     Where the predicted labels know what their classes were called in training (0 and 255, say), a truth that is
     written in those values is translated.
@@ -65,7 +66,8 @@ def evaluate(
     ------
     InputError : the volumes cannot be compared.
     """
-    if not is_labels(predicted) and (holds_values(predicted) or holds_values(truth)):
+    are_labels = is_labels(predicted) or (is_labels(truth) and may_be_labels(predicted))
+    if not are_labels and (holds_values(predicted) or holds_values(truth)):
         return compare(predicted, truth, ignore=ignore, watch=watch)
     ours, theirs = open_volume(predicted), open_volume(truth)
     check_same_shape(ours.shape, theirs.shape)
@@ -75,9 +77,8 @@ def evaluate(
     watch.begin("evaluate", n_blocks=len(grid), n_done=0)
     table = ContingencyTable.empty(len(values))
     for block in grid:
-        index = block.core.slices
         table = table + ContingencyTable.of(
-            ours.read(index), theirs.read(index), values=values, predicted_values=ours_values, ignore=ignore
+            ours.read(block.core), theirs.read(block.core), values=values, predicted_values=ours_values, ignore=ignore
         )
         watch.advance(BlockRecord(block.index, block.core.n_voxels, 0.0, 0.0, 0.0))
     n_voxels = int(table.counts.sum())
@@ -111,9 +112,9 @@ def _values(volume: Volume, grid: BlockGrid, *, truth: Volume, ignore: int | Non
     """Return all values that a label volume has where it counts; refuses those that are no classes but instances."""
     found: set[int] = set()
     for block in grid:
-        labels = volume.read(block.core.slices)
+        labels = volume.read(block.core)
         if ignore is not None:
-            labels = labels[truth.read(block.core.slices) != ignore]
+            labels = labels[truth.read(block.core) != ignore]
         found |= set(map(int, np.unique(labels)))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ArgumentError, ModelError
+from pipeline.replacing import save_new
 from pipeline.store.location import Location
 from pipeline.store.shelf import to_be_written
 from pipeline.store.statistics import Normalisation
@@ -21,7 +22,7 @@ from pipeline.unet.foreign.bioimageio import Package, package_of
 from pipeline.unet.foreign.pt2 import read_pt2
 from pipeline.unet.foreign.rdf import check_test_output
 from pipeline.unet.foreign.smp import smp_program
-from pipeline.unet.model import Model, save_model
+from pipeline.unet.model import Model
 from pipeline.unet.settings import Head
 
 
@@ -126,7 +127,7 @@ def command(args: Namespace) -> dict[str, Any]:
     else:
         model = import_program(args.network, about=about, output=args.output)
     with to_be_written(args.model) as path:
-        return described(save_model(model, path), path)
+        return described(save_new(model, path), path)
 
 
 def _import_smp(args: Namespace, about: Description) -> Model:

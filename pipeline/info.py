@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.scans.backend import open_scan
+from pipeline.copying import spatial_of
+from pipeline.scans.backend import PARTIAL, open_scan
 from pipeline.store.image import Image, read_image
 from pipeline.store.labels import Labels, published, read_labels
 from pipeline.store.location import Location
@@ -30,7 +31,8 @@ def info(path: str) -> dict[str, Any]:
     if (probabilities := read_probabilities(location)) is not None:
         return _probabilities(probabilities)
     scan = open_scan(path)
-    size = scan.attrs.get("voxel_size_um")
+    known = scan.attrs.get(PARTIAL)
+    size = [known.get(axis) for axis in spatial_of(scan)] if known else scan.attrs.get("voxel_size_um")
     return {
         "path": str(path), "kind": "scan", "format": scan.attrs.get("format"), "axes": "".join(map(str, scan.dims)),
         "shape": list(scan.shape), "dtype": str(scan.dtype), "voxel_size_um": list(size) if size else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pipeline.copying import IngestBlocks, copy, groups_of, spatial_of
 from pipeline.errors import ArgumentError, InputError, QuarantineError, ScanError, StoreError
 from pipeline.geometry.grid import BlockGrid
 from pipeline.identity import check_unchanged, file_stamps, open_identified
+from pipeline.labels.whole import label_dtype
+from pipeline.scans.backend import PARTIAL
 from pipeline.store.arrays import Layout, plan_layout, sweep
 from pipeline.store.image import Image, commit_image, create_image, open_image, read_image
 from pipeline.store.labels import Labels, create_labels, label_location, publish, read_labels
@@ -25,6 +28,8 @@ from pipeline.store.pyramid import Downsampling
 from pipeline.store.results import check_same_result
 from pipeline.store.statistics import ChannelStatistics, Histogram, merge
 from pipeline.works.measure import MeasureBlocks, Notes
+
+log = logging.getLogger("haloseg")
 
 _NOTES, _NOTES_OF_BEFORE = ".measured", ".histograms"  # an older haloseg noted nothing of slices
 
@@ -53,6 +58,9 @@ def ingest(
     array, identified = open_identified(scan := _absolute(scan))
     target, size = Location(str(image)).absolute(), voxel_size_um or array.attrs.get("voxel_size_um")
     _check_intensities(array, scan)
+    if not size and (known := array.attrs.get(PARTIAL)):
+        told = ", ".join(f"{length:g} um along {axis}" for axis, length in known.items())
+        log.warning("the image has no voxel size, since %s tells %s alone; --voxel-size-um gives all", scan, told)
     shape = tuple(array.sizes[d] for d in spatial_of(array))
     size = _per_axis(size, shape, "voxel size") if size else None
     layout = plan_layout(shape, chunk=_per_axis(chunk, shape, "chunk"), shard=_per_axis(shard, shape, "shard"))
@@ -76,19 +84,24 @@ def ingest(
 def ingest_labels(
     scan: str, *, image: str, name: str, run: RunBlocks = run_serial, watch: Watcher = UNWATCHED
 ) -> Labels:
-    """Make the label volume ``name`` of an image from any scan of integers of the image's shape."""
+    """Make the label volume ``name`` of an image from any scan of integers of the image's shape.
+
+    Floats are taken, too, where all are whole numbers, which is seen while they are copied.
+
+    Raises
+    ------
+    InputError : these are no labels of the image; nothing was written.
+    """
     of = open_image(Location(str(image)).absolute())
     target = label_location(of.location, name)
     array, identified = open_identified(scan := _absolute(scan))
     shape = tuple(array.sizes[d] for d in spatial_of(array))
-    if array.dtype.kind not in "iub":
-        raise ScanError(f"labels must be integers, got {array.dtype} in {scan}; convert them first")
     if "c" in array.dims or shape != of.spatial_shape:
         got = tuple(array.sizes.values())
         how = "save one value per voxel, without channels" if "c" in array.dims else "pad or crop them"
         raise ScanError(f"labels must have the image's shape {of.spatial_shape}, got {got} in {scan}; {how}")
     labels = Labels(
-        target, of.axes.removeprefix("c"), str(_dtype(array)), of.layout, of.levels,
+        target, of.axes.removeprefix("c"), str(label_dtype(array.dtype)), of.layout, of.levels,
         identified, provenance={"made_by": "haloseg ingest"},
     )  # fmt: skip
     check_same_result(labels)

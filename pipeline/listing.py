@@ -12,7 +12,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.errors import ArgumentError, PipelineError
 from pipeline.scans.files import may_be_dicom
-from pipeline.scans.registry import is_dicom
+from pipeline.scans.registry import is_dicom, is_dicom_volume
 from pipeline.store.location import Entry, Location
 
 
@@ -27,7 +27,8 @@ def pattern_of(glob: str) -> re.Pattern[str]:
 def matching(root: Location, pattern: str) -> tuple[dict[str, Entry], list[str]]:
     """Return what lies below a folder and is meant by a pattern, by its relative path; and the names of what cannot be.
 
-    Of DICOM files that lie together each is a slice, and their folder is meant. The root itself is none.
+    Of DICOM files that lie together each is a slice, and their folder is meant, but those of many frames are volumes.
+    The root itself is none.
     """
     globs, others = [pattern_of(each.strip()) for each in pattern.split(",")], list[str]()
     folders, found, slices = dict[str, Entry](), dict[str, Entry](), defaultdict[str, list[str]](list)
@@ -38,8 +39,11 @@ def matching(root: Location, pattern: str) -> tuple[dict[str, Entry], list[str]]
             found[relative] = entry
             if root.is_local and not entry.is_folder and may_be_dicom(entry.name) and _is_dicom(root / relative):
                 slices[relative[: -len(entry.name)]].append(relative)
-    for folder, files in slices.items():
-        if len(files) == 1 and folder not in found:
+    for folder, together in slices.items():
+        files = _slices(root, together, found)
+        if len(files) < len(together):
+            found.pop(folder, None)
+        if not files or (len(files) == 1 and folder not in found):
             continue
         for each in files:
             del found[each]
@@ -48,6 +52,13 @@ def matching(root: Location, pattern: str) -> tuple[dict[str, Entry], list[str]]
         else:
             others += [f"{each} (a DICOM slice; move those of a series into a folder)" for each in files]
     return found, others
+
+
+def _slices(root: Location, files: list[str], found: dict[str, Entry]) -> list[str]:
+    """Return the DICOM files of a folder that are no volumes of their own; if the largest is none, none is."""
+    if not is_dicom_volume(str(root / max(files, key=lambda each: found[each].n_bytes))):
+        return files
+    return [each for each in files if not is_dicom_volume(str(root / each))]
 
 
 def _is_dicom(file: Location) -> bool:

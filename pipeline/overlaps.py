@@ -105,7 +105,7 @@ def _table(
     """Return how many voxels have the label, 1, and have it not, 0, in the truth and as predicted."""
     array, channel, table = made.array, made.channels.index(name), ContingencyTable.empty(2)
     for block in grid:
-        labels = truth.read(block.core.slices)
+        labels = truth.read(block.core)
         (likely,) = np.asarray(array[slice(channel, channel + 1), *block.core.slices])
         known = (labels != 0).astype(np.uint8)
         if ignore is not None:

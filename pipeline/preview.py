@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ArgumentError
 from pipeline.lesson import open_lesson
 from pipeline.store.labels import colour_of
+from pipeline.store.location import check_ours
 from pipeline.unet.training.batches import batches
 from pipeline.unet.training.overlapping import first_of
 from pipeline.unet.training.patches import IGNORED
@@ -64,7 +65,7 @@ def preview(
     """
     if not path.lower().endswith(".png"):
         raise ArgumentError(f"a preview must be a .png, got {path}; name it so")
-    _check_replaceable(Path(path))
+    check_ours(Path(path), rule="a preview must not replace another file", mark=_MARK, at=_HEAD)
     if seed < 0:
         raise ArgumentError(f"seed must be at least 0, got {seed}; use 0")
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
@@ -109,17 +110,6 @@ def draw_sample(sample: Sample) -> bytes:
 def _marked(png: bytes) -> bytes:
     """Return a PNG that says that it is ours."""
     return png[:_HEAD] + _MARK + png[_HEAD:]
-
-
-def _check_replaceable(path: Path) -> None:
-    """Refuse to draw over a file that is there and no preview of ours: a scan, say, whose path was mistyped."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(_HEAD + len(_MARK))
-    except OSError:  # nothing there, or what cannot be written either
-        return
-    if begin and begin[_HEAD:] != _MARK:
-        raise ArgumentError(f"a preview must not replace another file, got {path}; name a new file")
 
 
 def _middle(x: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from pipeline.errors import ArgumentError
 from pipeline.learning import learning
 from pipeline.lesson import open_lesson
 from pipeline.preview import draw_sample, preview
+from pipeline.replacing import in_the_way, model_at
 from pipeline.store.location import Location, storage_errors
 from pipeline.store.shelf import called, to_be_written
 from pipeline.training import Learnt, Training
@@ -110,8 +111,8 @@ def train(
     the last slices of a volume, the bottom of a slide, or others where these lack a class. The weights of lowest loss
     there are kept. A run that was killed goes on, with the same arguments, from its last validation, as FILE.checkpoint
     beside the model file says; the model is the one that it would have made undisturbed, bit by bit, unless ``minutes``
-    are given. FILE.curves.png shows how it goes, and how it went, FILE.sample.png what the network makes of a part that
-    is held out.
+    are given. A model that this very training has made already stays as it is. FILE.curves.png shows how it goes, and
+    how it went, FILE.sample.png what the network makes of a part that is held out.
 
     Several members learn one after another, with seeds that follow each other, and become one model, an ensemble. Each
     has a checkpoint and curves of its own, FILE.member-1.checkpoint and so on. That of a member which is done stays
@@ -134,29 +135,42 @@ def train(
 
     Raises
     ------
-    InputError : images, labels and recipe do not fit, or the checkpoint is damaged or of other settings; nothing was
-        written.
+    InputError : images, labels and recipe do not fit, the checkpoint is damaged or of other settings, or another
+        model is there; nothing was written.
     RunError : the training failed; no model was written.
     """
     begin, recipe = perf_counter(), _on(device, recipe or usual_recipe(targets))
     lesson = open_lesson(images, labels=labels, targets=targets, recipe=recipe, held_out=held_out)
     n = processes_for(device, asked=processes, n_patches=recipe.batch_size(lesson.settings.dims))
-    alone = Training(lesson, recipe, str(model), called(model), device, seed, n, minutes, tensorboard)
+    alone = Training(lesson, recipe, str(model), str(model), called(model), device, seed, n, minutes, tensorboard)
     trainings = [alone] if members == 1 else _of_members(alone, members)
-    learnt = list[Learnt]()
-    for each in trainings:
+    saved, learnt = model_at(str(model)), list[Learnt]()
+    there = _members(saved, trainings) if saved is not None else (None,) * members
+    for each, made_before in zip(trainings, there, strict=True):
         if members > 1:
             on_network(each.title)
-        learnt.append(each.learn(on_progress=on_progress, on_step=on_step))
-    made = learnt[0].model
-    if members > 1:
-        names = [each.title for each in trainings]
-        made = joined([as_saved(each.model) for each in learnt], names=names, made_by="haloseg train")
-    saved = save_model(made, model)
-    shown = sample(unets_of(made, device), lesson.check, device=device)
+        if made_before is not None:
+            learnt.append(each.made(made_before, on_progress=on_progress))
+        else:
+            learnt.append(each.learn(on_progress=on_progress, on_step=on_step))
+    if saved is None:
+        made = learnt[0].model
+        if members > 1:
+            names = [each.title for each in trainings]
+            made = joined([as_saved(each.model) for each in learnt], names=names, made_by="haloseg train")
+        saved = save_model(made, model)
+    shown = sample(unets_of(saved, device), lesson.check, device=device)
     Location(f"{model}.sample.png").write_bytes(draw_sample(shown))
     _forget(model)
     return TrainResult(saved, str(model), tuple(learnt), perf_counter() - begin)
+
+
+def _members(model: Model, trainings: Sequence[Training]) -> tuple[Model, ...]:
+    """Return the networks of a model that is there, each with its own record, if they are as many as are to learn."""
+    records = [each["training"] for each in model.training.get("members", ())] or [model.training]
+    if len(records) != len(trainings):
+        raise in_the_way(trainings[0].file, why=f"of {len(records)} networks, not {len(trainings)}")
+    return tuple(replace(each, training=own) for each, own in zip(model.members, records, strict=True))
 
 
 def _forget(model: str) -> None:
@@ -210,6 +224,8 @@ def command(args: Namespace, *, console: Console) -> dict[str, Any]:
             processes=args.processes, tensorboard=args.tensorboard, on_progress=watch.validated, on_step=watch.took,
             on_network=watch.begins,
         )
+    if result.n_before == result.n_steps:
+        console.print(f"{path} was made by the same command before, and stays as it is", soft_wrap=True)
     return result.to_json()
 
 

@@ -11,16 +11,19 @@ from typing import Any
 
 from pipeline.curves import CurvesFile
 from pipeline.lesson import Lesson
+from pipeline.replacing import in_the_way
 from pipeline.store.image import Image
 from pipeline.store.labels import Labels
 from pipeline.unet.model import Model
 from pipeline.unet.settings import closed_form_rule
 from pipeline.unet.training.board import board
-from pipeline.unet.training.checkpoint import CheckpointFile
-from pipeline.unet.training.course import Step, Validation
+from pipeline.unet.training.checkpoint import CheckpointFile, difference
+from pipeline.unet.training.course import Step, Validation, best_of
 from pipeline.unet.training.fit import Fitted, fit
 from pipeline.unet.training.processes import fit_together
 from pipeline.unet.training.recipe import Recipe
+
+_SAME = ("recipe", "seed", "device", "images", "processes", "minutes")  # in two runs of one command
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Training:
 
     Attributes
     ----------
+    file : of the model that it becomes, or a member of
     path : PATH.checkpoint and PATH.curves.png are written while it learns
     title : of the curves
     processes : that share each batch
@@ -52,6 +56,7 @@ class Training:
 
     lesson: Lesson
     recipe: Recipe
+    file: str
     path: str
     title: str
     device: str
@@ -64,6 +69,35 @@ class Training:
     def checkpoint(self) -> CheckpointFile:
         """Where it goes on from after it was killed, and where it is over already if it was at its end."""
         return CheckpointFile(f"{self.path}.checkpoint", self.source | {"minutes": self.minutes})
+
+    def made(self, model: Model, *, on_progress: Callable[[Validation], None]) -> Learnt:
+        """Return a network that this training has made before; versions of libraries do not count.
+
+        Raises
+        ------
+        ArgumentError : another training has made it, or none.
+        """
+        record, ours = model.training, self.source | self._timed
+        if record.get("made_by") != ours["made_by"] or "curve" not in record:
+            raise in_the_way(self.file, why="which was not trained by haloseg")
+        here, there = ({key: each[key] for key in _SAME if key in each} for each in (ours, record))
+        if differing := difference(here, there, path="it"):
+            raise in_the_way(self.file, why=f"of a training with {differing}")
+        curve = tuple(Validation(**each | {"dice": tuple(each["dice"])}) for each in record["curve"])
+        curves = self._curves
+        for each in curve:
+            curves.put(each)
+            on_progress(each)
+        curves.write()
+        return Learnt(model, Fitted(model.weights, best_of(curve), curve, record["steps"], record["steps"]))
+
+    @property
+    def _curves(self) -> CurvesFile:
+        return CurvesFile(f"{self.path}.curves.png", self.title, self.lesson.classes)
+
+    @property
+    def _timed(self) -> dict[str, Any]:
+        return {} if self.minutes is None else {"minutes": self.minutes}
 
     @property
     def source(self) -> dict[str, Any]:
@@ -88,8 +122,7 @@ class Training:
 
     def learn(self, *, on_progress: Callable[[Validation], None], on_step: Callable[[Step], None]) -> Learnt:
         """Return the network once it has learnt; its checkpoint stays until it is removed."""
-        lesson = self.lesson
-        curves = CurvesFile(f"{self.path}.curves.png", self.title, lesson.classes)
+        lesson, curves = self.lesson, self._curves
         with board(self.tensorboard, classes=lesson.classes) as log:
 
             def validated(now: Validation) -> None:
@@ -113,7 +146,7 @@ class Training:
         return Model(
             settings, lesson.classes, lesson.class_values, self.recipe.normalisation,
             tuple(map(str, range(settings.image_channels))), lesson.voxel_size_um, closed_form_rule(settings),
-            self.source | _reached(fitted), fitted.weights, limits=self.recipe.scaling.limits,
+            self.source | self._timed | _reached(fitted), fitted.weights, limits=self.recipe.scaling.limits,
             target_windows=lesson.target_windows, input_windows=lesson.input_windows,
         )  # fmt: skip
 

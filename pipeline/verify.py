@@ -111,6 +111,8 @@ def certify(
     boxes = sample_boxes(
         plan.grid.shape, largest=(1,) * slices + largest, stride=plan.rule.stride, n=n_boxes or n_affordable, seed=seed
     )
+    if len(boxes) < (n_boxes or 0):
+        log.warning("%s boxes are computed again, all that the volume has, not %s", f"{len(boxes):,}", f"{n_boxes:,}")
     found, values = list[Certified](), list[CertifiedValues]()
 
     def on_record(record: BlockRecord) -> None:

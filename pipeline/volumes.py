@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ScanError
+from pipeline.geometry.box import Box
 from pipeline.geometry.mirror import Sliceable
+from pipeline.labels.whole import as_labels
 from pipeline.scans.backend import open_scan
 from pipeline.store.labels import open_labels, read_labels
 from pipeline.store.location import Location
@@ -31,9 +33,15 @@ class Volume:
         """Voxels along the spatial axes."""
         return tuple(self.array.shape)
 
-    def read(self, index: tuple[slice, ...]) -> NDArray[Any]:
-        """Return the labels under the slices."""
-        return np.asarray(self.array[index])
+    def read(self, box: Box) -> NDArray[Any]:
+        """Return the labels of a box.
+
+        Raises
+        ------
+        ScanError : they are stored as floats, and one is no whole number.
+        """
+        voxels = np.asarray(self.array[box.slices])
+        return as_labels(voxels, axes="zyx"[-box.ndim :], start=box.start, path=self.path)
 
 
 def open_volume(path: str) -> Volume:
@@ -43,11 +51,9 @@ def open_volume(path: str) -> Volume:
         labels = open_labels(location)
         return Volume(labels.array, path, labels.classes, labels.class_values)
     scan = open_scan(path)
-    if scan.dtype.kind not in "iub" or "c" in scan.dims:
-        raise ScanError(
-            f"labels must be integers without channels, got {scan.dtype} with axes {''.join(map(str, scan.dims))} in "
-            f"{path}; convert them first"
-        )
+    if "c" in scan.dims:
+        axes = "".join(map(str, scan.dims))
+        raise ScanError(f"labels must have one value per voxel, got axes {axes} in {path}; save one channel")
     return Volume(scan, path)
 
 

@@ -2,11 +2,18 @@
 
 import itertools
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    generate_uid,
+)
 
 from pipeline.errors import ScanError
 from pipeline.scans.backend import open_scan
@@ -58,6 +65,40 @@ def write_dicom(folder, turned, steps, *, slope=1, intercept=0, series=None, num
         data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         data.save_as(folder / f"slice{series[-4:]}-{(index * 37) % 101}", enforce_file_format=True)
     return folder
+
+
+def enhanced(path, voxels=VOXELS, *, first=0, intercept=0, series="1.2.3", number=4, syntax=None, **more):
+    """Write one file of many frames, in no order, the first slice being that of an index; return its path."""
+    data, order = Dataset(), np.random.default_rng(0).permutation(len(voxels))
+    data.SOPClassUID, data.SOPInstanceUID, data.SeriesInstanceUID = EnhancedCTImageStorage, generate_uid(), series
+    data.SeriesNumber, data.Rows, data.Columns, data.NumberOfFrames = number, *voxels.shape[1:], len(voxels)
+    write_pixels(data, voxels[order])
+    frames, shared = [], Dataset()
+    for index in order:
+        place, group = Dataset(), Dataset()
+        place.ImagePositionPatient = [0.0, 0.0, float((first + index) * SIZE_MM[0])]
+        group.PlanePositionSequence = [place]
+        frames.append(group)
+    for sequence, name, value in (
+        ("PlaneOrientationSequence", "ImageOrientationPatient", [1, 0, 0, 0, 1, 0]),
+        ("PixelMeasuresSequence", "PixelSpacing", list(SIZE_MM[1:])),
+        ("PixelValueTransformationSequence", "RescaleIntercept", intercept),
+    ):
+        item = Dataset()
+        setattr(item, name, value)
+        setattr(shared, sequence, [item])
+    data.PerFrameFunctionalGroupsSequence, data.SharedFunctionalGroupsSequence = frames, [shared]
+    for name, value in more.items():
+        setattr(data, name, value)
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax or ExplicitVRLittleEndian
+    if syntax == JPEGLosslessSV1:
+        each = [imagecodecs.ljpeg_encode(pixels.view(np.uint16)) for pixels in voxels[order]]
+        data.PixelData = pydicom.encaps.encapsulate(each)
+        data["PixelData"].is_undefined_length = True
+    path.parent.mkdir(exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
 
 
 def write_pixels(data, pixels):

@@ -6,9 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tifffile
 import zarr
+from bodies import VOXELS, enhanced, series, write_dicom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import as_of_before, model_file, scan_file
@@ -124,6 +126,24 @@ def test_dicom_files_that_lie_together_are_one_scan_and_one_alone_is_one(home):
     dicom_file(home / "scans" / "series" / "4")
     os.utime(home / "scans" / "series" / "4")
     assert states(archive_of(home, pattern="series/*")) == {"series": State.GROWING}
+
+
+def test_dicom_files_of_many_frames_are_scans_each(home):
+    scans = home / "scans"
+    for name in ("many/a.dcm", "many/b", "mixed/a", "root.dcm"):
+        aged(enhanced(scans / name), seconds=100)
+    (slice_,) = set(write_dicom(scans / "mixed", VOXELS[:1], np.eye(3)).iterdir()) - {scans / "mixed" / "a"}
+    series(scans / "stack")
+    for number in range(2):
+        enhanced(scans / "parts" / f"{number}", first=7 * number, ConcatenationUID="1.2.3")
+    for file in scans.glob("*/*"):
+        aged(file, seconds=100)
+    found = survey(archive_of(home, pattern="**/*"))
+    ours = {scan.relative for scan in found.scans if not scan.relative.endswith(".tif")}
+    assert ours == {"many/a.dcm", "many/b", "mixed/a", f"mixed/{slice_.name}", "root.dcm", "stack", "parts"}
+    assert found.others == ("notes.txt",)
+    both = survey(archive_of(home, pattern="**/,**/*")).scans
+    assert ours == {scan.relative for scan in both if not scan.relative.endswith(".tif")} - {"sub"}
 
 
 def test_priority_and_patterns_choose(home):

@@ -174,7 +174,7 @@ def test_another_scan_is_not_mixed_into_an_image(tmp_path, image, capsys):
 
 def test_labels_that_are_none_are_refused(tmp_path, image, capsys):
     before = tree_digest(image)
-    np.save(tmp_path / "float.npy", np.zeros((20, 40, 50), np.float32))
+    np.save(tmp_path / "float.npy", np.full((20, 40, 50), 0.5, np.float32))
     np.save(tmp_path / "small.npy", np.zeros((20, 40, 49), np.uint8))
     labels = ["ingest", "--labels-of", image, "--name", "x"]
     assert "must be integers" in fails(capsys, *labels, tmp_path / "float.npy")

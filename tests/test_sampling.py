@@ -41,7 +41,7 @@ def test_an_image_of_finer_voxels_trains_the_same_weights(tmp_path):
     coarse = image_of(tmp_path, "c", voxels, labels, size=(0.5, 0.5))
     fine = image_of(tmp_path, "f", repeated(voxels, 2), repeated(labels, 2), size=(0.25, 0.25))
     about = {"labels": "truth", "recipe": replace(QUICK, voxel_size_um=(0.5, 0.5))}
-    one, other = (train([image], model=str(tmp_path / "m"), **about) for image in (coarse, fine))
+    one, other = (train([image], model=f"{image}.model", **about) for image in (coarse, fine))
     assert one.best.train_loss == other.best.train_loss
     assert one.best.loss == pytest.approx(other.best.loss, rel=0.01)  # what is mirrored differs by half a voxel
     assert all(torch.equal(tensor, other.model.weights[name]) for name, tensor in one.model.weights.items())
@@ -126,10 +126,10 @@ def test_brightness_and_contrast_of_slices_do_not_matter_where_each_is_seen_by_i
     changed = (voxels.astype(np.float32) * 2.0 ** (np.arange(10) % 4)[:, None, None] + 7).astype(np.float32)
     even, uneven = (image_of(tmp_path, name, each, labels) for name, each in (("e", voxels), ("u", changed)))
     recipe = replace(RECIPE, dims=2, steps=2, normalisation=Normalisation.ZSCORE_SLICEWISE)
-    one, other = (train([each], labels="truth", model=str(tmp_path / "m"), recipe=recipe) for each in (even, uneven))
+    one, other = (train([each], labels="truth", model=f"{each}.model", recipe=recipe) for each in (even, uneven))
     assert one.best.train_loss == pytest.approx(other.best.train_loss, rel=1e-5)
     assert one.best.loss == pytest.approx(other.best.loss, rel=1e-5)
-    assert inspect(str(tmp_path / "m"))["normalisation"] == "zscore-slicewise"
+    assert inspect(f"{even}.model")["normalisation"] == "zscore-slicewise"
     assert one.model.training["images"][0]["slices_sha256"] == open_image(even).slices_sha256
     with pytest.raises(ArgumentError, match="sees slices one by one, got a 3-D one; use zscore, or a 2-D network"):
         train([even], labels="truth", model=str(tmp_path / "m"), recipe=replace(recipe, dims=3))

@@ -125,6 +125,27 @@ def test_boxes_lie_in_the_scan_on_the_stride_with_both_corners():
         assert all(a % s == 0 and a < b <= n for a, b, s, n in zip(box.start, box.stop, (8, 4), (100, 37), strict=True))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 59, 60, 61, 100_000])
+def test_as_many_boxes_as_are_asked_for_or_all_that_there_are(n):
+    boxes = sample_boxes((100, 37), largest=(16, 24), stride=(8, 4), n=n, seed=0)  # 12 x 5 places
+    assert len(set(boxes)) == len(boxes) == min(n, 60)
+    covered = np.zeros((100, 37), int)
+    for box in boxes:
+        covered[box.slices] += 1
+    assert n < 60 or covered.all()
+
+
+def test_more_boxes_than_there_are_is_told_in_one_line(tmp_path, capsys):
+    shape, settings = (20, 24), UNetSettings(dims=2, width=2, depth=1, padding=Padding.SAME)
+    segmented(tmp_path, shape, settings)
+    for n, told in ((2, 0), (100_000, 1)):
+        assert main(["verify", str(tmp_path / "scan.zarr"), "--name", "x", "--boxes", str(n), "--json"]) == 0
+        out, err = capsys.readouterr()
+        computed = json.loads(out)["n_boxes"]
+        line = f"{computed:,} boxes are computed again, all that the volume has, not 100,000"
+        assert (computed == n, " ".join(err.split()).count(line)) == (not told, told)
+
+
 def test_the_command_prints_the_certificate_and_refuses_what_it_cannot_verify(tmp_path, capsys):
     shape, settings = CASES["2-D valid"]
     _, image, _, _ = segmented(tmp_path, shape, settings)

@@ -87,10 +87,11 @@ def arrange(
     if not {"x", "y"} <= found.keys():
         raise _unfit(path, axes=axes, shape=source.shape)
     dims = tuple(d for d in "czyx" if d in found)
-    return LazyScan(
-        path, format_name, dims, _sizes(dims, voxel_size_um or {}),
-        ArrangedSource(source, tuple(found[d] for d in dims)),
-    )
+    spatial, known = dims[int(dims[0] == "c") :], _known(voxel_size_um or {})
+    voxel_size = tuple(known[d] for d in spatial) if known.keys() >= set(spatial) else None
+    partial = () if voxel_size else tuple((d, known[d]) for d in spatial if d in known)
+    order = tuple(found[d] for d in dims)
+    return LazyScan(path, format_name, dims, voxel_size, ArrangedSource(source, order), partial)
 
 
 def unlabelled(shape: tuple[int, ...], *, path: str) -> str:
@@ -115,7 +116,6 @@ def _unfit(path: str, *, axes: str, shape: tuple[int, ...]) -> ScanError:
     )
 
 
-def _sizes(dims: tuple[str, ...], known: Mapping[str, float]) -> tuple[float, ...] | None:
-    """Return the voxel size along the spatial axes, or None if it is not known, or not a length, for one of them."""
-    sizes = tuple(float(known.get(d, 0.0)) for d in dims if d != "c")
-    return sizes if all(np.isfinite(s) and s > 0 for s in sizes) else None
+def _known(told: Mapping[str, float]) -> dict[str, float]:
+    """Return those of the sizes that are lengths."""
+    return {axis: float(size) for axis, size in told.items() if np.isfinite(size) and size > 0}

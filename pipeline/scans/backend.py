@@ -20,6 +20,7 @@ from pipeline.scans.lazy import LazyScan
 from pipeline.scans.registry import format_of, is_hdf5, is_zarr, open_lazy
 
 NAME = "scan"
+PARTIAL = "voxel_size_um_of"
 _LARGEST_HULL_BYTES = 64 << 20
 
 
@@ -93,7 +94,8 @@ def open_scan(path: str | os.PathLike[str]) -> xr.DataArray:
     Returns
     -------
     xr.DataArray : the dtype of the file; axes out of c, z, y, x in this order; attributes ``format`` and, if the format
-        tells it, ``voxel_size_um``, one float per spatial axis; no voxel is kept after it was given out
+        tells it, ``voxel_size_um``, one float per spatial axis, or, for some of them alone, ``voxel_size_um_of`` by
+        axis; no voxel is kept after it was given out
 
     Raises
     ------
@@ -108,6 +110,8 @@ def _variable(scan: LazyScan) -> xr.Variable:
     attrs: dict[str, Any] = {"format": scan.format}
     if scan.voxel_size_um is not None:
         attrs["voxel_size_um"] = scan.voxel_size_um
+    if scan.partial_um:
+        attrs[PARTIAL] = dict(scan.partial_um)
     chunks = dict(zip(scan.dims, scan.chunks, strict=True))
     data = indexing.LazilyIndexedArray(ScanArray(scan))
     return xr.Variable(scan.dims, data, attrs, {"preferred_chunks": chunks})

@@ -1,5 +1,7 @@
 """DICOM: a folder or glob with one series of slices, or one file of one or many frames; axes as ``anatomy`` has them.
 
+A file of many frames is a volume of its own, but for those of a concatenation, which are parts of one.
+
 Slices are ordered by where they lie in the patient, whatever the files are called, and intensities are what the
 instrument says they mean (rescale slope and intercept: Hounsfield units of a CT). Of a folder with several series one
 is named as ``FOLDER::SERIES``, by its number or its UID.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from pipeline.scans.anatomy import in_body, scaled
 from pipeline.scans.cache import DECODED
 from pipeline.scans.compressed import stamp_of
 from pipeline.scans.dicom_frames import Frame, dtype_of, frames_of
-from pipeline.scans.dicom_pixels import decoded, header_of
+from pipeline.scans.dicom_pixels import decoded, header_of, volume_of
 from pipeline.scans.files import DICOMDIR, dicom_files
 from pipeline.scans.lazy import LazyScan, damage_named, damaged
 
@@ -84,30 +87,32 @@ def open_dicom(path: str, /) -> LazyScan:
 
 def _series(place: str, wanted: str) -> list[tuple[str, Any]]:
     """Return the files of a place's only series, or of the one that is named, and their headers."""
-    found: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+    found: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
     files = dicom_files(place)
     if not files or files[0].name == DICOMDIR:
         raise ScanError(f"a DICOM scan must be slices, got {place}, a list of files; give the folder that they lie in")
     for file in files:
         header = header_of(str(file))
-        found[str(header.get("SeriesInstanceUID", ""))].append((str(file), header))
-    named = {
-        uid: files for uid, files in found.items()
-        if not wanted or wanted in (uid, str(files[0][1].get("SeriesNumber", "")))
-    }  # fmt: skip
+        found[str(header.get("SeriesInstanceUID", "")), volume_of(header)].append((str(file), header))
+    named = [
+        files for (uid, volume), files in found.items()
+        if not wanted or wanted in (uid, volume, str(files[0][1].get("SeriesNumber", "")))
+    ]  # fmt: skip
     if len(named) != 1:
-        told = "; ".join(f"{uid} ({_about(files)})" for uid, files in sorted(found.items()))
+        told = "; ".join(f"{volume or uid} ({_about(files)})" for (uid, volume), files in sorted(found.items()))
         raise ScanError(
             f"a DICOM scan must be one series, got {place}{f'::{wanted}' if wanted else ''} where there are {told}; "
-            "name one as FOLDER::SERIES, by its number or UID"
+            "name one as FOLDER::SERIES, by its number or UID, or a file of many frames itself"
         )
-    return next(iter(named.values()))
+    return named[0]
 
 
 def _about(files: list[tuple[str, Any]]) -> str:
-    header = files[0][1]
+    path, header = files[0]
     told = (f"number {header.get('SeriesNumber', 'unknown')}", str(header.get("SeriesDescription", "")))
-    return ", ".join([*filter(None, told), f"{len(files)} files"])
+    is_one = len(files) == 1 and volume_of(header)
+    what = f"{PurePath(path).name} of {header.NumberOfFrames} frames" if is_one else f"{len(files)} files"
+    return ", ".join([*filter(None, told), what])
 
 
 def _check_same(path: str, header: Any, first: Any) -> None:  # noqa: ANN401

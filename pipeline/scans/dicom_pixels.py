@@ -88,6 +88,22 @@ def header_of(path: str) -> Any:  # noqa: ANN401 pydicom's data set
         return pydicom.dcmread(path, stop_before_pixels=True, force=True)
 
 
+def volume_of(header: Any) -> str:  # noqa: ANN401
+    """Return the UID of the volume that a file of many frames is, or is a part of; empty of a single slice."""
+    if int(header.get("NumberOfFrames", 1) or 1) < 2:
+        return ""
+    return str(header.get("ConcatenationUID", "") or header.get("SOPInstanceUID", "") or header.filename)
+
+
+def is_volume(path: str) -> bool:
+    """Whether a file is a volume of its own; not if it is a slice, a part of a concatenation, or cannot be read."""
+    try:
+        header = pydicom.dcmread(path, specific_tags=["NumberOfFrames", "ConcatenationUID"], stop_before_pixels=True)
+        return bool(volume_of(header)) and "ConcatenationUID" not in header
+    except Exception:  # noqa: BLE001 whoever reads it says what is wrong
+        return False
+
+
 def syntax_of(path: str, header: Any) -> str:  # noqa: ANN401
     """Return the transfer syntax of a file, guessed as pydicom does where it tells none.
 

@@ -50,6 +50,7 @@ class LazyScan:
     dims : the scan's axes, out of c, z, y, x in this order
     voxel_size_um : micrometres along the spatial axes in order; None when the format does not tell it for all of them
     source : the voxels, along exactly these axes
+    partial_um : micrometres by axis where the format tells them for some of the spatial axes alone
     """
 
     path: str
@@ -57,6 +58,7 @@ class LazyScan:
     dims: tuple[str, ...]
     voxel_size_um: tuple[float, ...] | None
     source: VoxelSource
+    partial_um: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         dtype = self.source.dtype

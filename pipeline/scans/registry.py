@@ -98,6 +98,15 @@ def is_dicom(path: str) -> bool:
     return is_medium or any(map(is_dicom_file, dicom_candidates(place)))
 
 
+def is_dicom_volume(path: str) -> bool:
+    """Whether a DICOM file is a volume of its own, not a slice; False where pydicom is missing."""
+    try:
+        found: bool = import_module("pipeline.scans.dicom_pixels").is_volume(path)
+    except ScanError:
+        return False
+    return found
+
+
 def is_nifti(path: str) -> bool:
     """Whether this is a NIfTI file in one piece, or calls itself one."""
     return path.lower().endswith((".nii", ".nii.gz")) or _start(path, 348)[344:] in (b"n+1\0", b"n+2\0")

@@ -17,7 +17,7 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import StorageError, StoreError
+from pipeline.errors import ArgumentError, StorageError, StoreError
 from pipeline.scans.bucket import is_bucket, knock, told
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -218,6 +218,17 @@ def _replace(path: Path, content: bytes) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_ours(path: Path, *, rule: str, mark: bytes, at: int) -> None:
+    """Refuse to write over a file that is there and has not our mark from a byte on: one of a mistyped path, say."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(at + len(mark))
+    except OSError:  # nothing there, or what cannot be written either
+        return
+    if begin and begin[at:] != mark:
+        raise ArgumentError(f"{rule}, got {path}; name a new file")
 
 
 @contextmanager

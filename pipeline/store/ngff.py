@@ -88,14 +88,14 @@ def find_multiscales(attributes: dict[str, Any]) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def spatial_scale_um(document: dict[str, Any], axes: list[str]) -> dict[str, float] | None:
-    """Return micrometres per voxel of level 0 along each spatial axis; None when a unit is missing.
+def spatial_scale_um(document: dict[str, Any], axes: list[str]) -> dict[str, float]:
+    """Return micrometres per voxel of level 0 along each spatial axis that has a unit, as axes should (0.4, 0.5).
 
     Raises
     ------
     ScanError : a unit that is no length.
     """
-    described = document.get("axes", [])
+    described = [each if isinstance(each, dict) else {} for each in document.get("axes", axes)]
     transforms = document["datasets"][0].get("coordinateTransformations", [])
     transforms = list(transforms) + list(document.get("coordinateTransformations", []))
     size = [1.0] * len(axes)
@@ -107,7 +107,7 @@ def spatial_scale_um(document: dict[str, Any], axes: list[str]) -> dict[str, flo
         if about.get("type") != "space" and axis not in "zyx":
             continue
         if (unit := about.get("unit")) is None:
-            return None
+            continue
         if unit not in TO_UM:
             raise ScanError(f"units of space must be one of {', '.join(TO_UM)}, got {unit}; mend the OME-Zarr metadata")
         scale[axis] = s * TO_UM[unit]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import ArgumentError, ModelError
 from pipeline.store.lease import held
-from pipeline.store.location import Location
+from pipeline.store.location import Location, check_ours
 
 VARIABLE = "HALOSEG_MODELS"
 ENDING = ".safetensors"
@@ -57,7 +57,7 @@ def to_be_written(model: str) -> Iterator[str]:
     TakenError : another run is making a model of this name.
     """
     if (named := _named(model)) is None:
-        _check_replaceable(model)
+        _check_file(model)
         yield model
         return
     name, version = named
@@ -68,16 +68,13 @@ def to_be_written(model: str) -> Iterator[str]:
         yield str(_root() / name / f"{there[-1] + 1 if there else 1}{ENDING}")
 
 
-def _check_replaceable(model: str) -> None:
-    """Refuse to write a model over a folder or file of a disk that is none: a scan, say, whose path was mistyped."""
-    if not (location := Location(model)).is_local or not (path := Path(location.url)).exists():
-        return
-    if path.is_dir():
-        raise ArgumentError(f"a model must be a file, got the folder {path}; name a file, such as cells{ENDING}")
-    with path.open("rb") as file:
-        begin = file.read(_LENGTH + 1)
-    if begin and begin[_LENGTH:] != b"{":
-        raise ArgumentError(f"a model must not replace a file of another kind, got {path}; name a new file")
+def _check_file(model: str) -> None:
+    """Refuse to write a model where a folder is, or over a file of a disk that is none."""
+    location = Location(model)
+    if location.is_local and Path(location.url).is_dir():
+        raise ArgumentError(f"a model must be a file, got the folder {model}; name a file, such as cells{ENDING}")
+    if location.is_local:
+        check_ours(Path(location.url), rule="a model must not replace a file of another kind", mark=b"{", at=_LENGTH)
 
 
 def _named(model: str) -> tuple[str, int | None] | None:

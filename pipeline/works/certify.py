@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from time import perf_counter
 from typing import ClassVar
 
@@ -195,15 +197,24 @@ def two_digits(number: float) -> float:
 def sample_boxes(
     shape: tuple[int, ...], *, largest: tuple[int, ...], stride: tuple[int, ...], n: int, seed: int
 ) -> tuple[Box, ...]:
-    """Return boxes that start on multiples of the stride: the first corner's, the last one's, then any; each once."""
-    rng = np.random.default_rng(seed)
-    boxes = []
-    for index in range(n):
-        start = []
-        for size, most, step in zip(shape, largest, stride, strict=True):
-            last = -(-max(0, size - most) // step)
-            at = 0 if index == 0 else last if index == 1 else int(rng.integers(last + 1))
-            start.append(at * step)
-        stop = tuple(min(a + most, size) for a, most, size in zip(start, largest, shape, strict=True))
-        boxes.append(Box(tuple(start), stop))
-    return tuple(dict.fromkeys(boxes))
+    """Return ``n`` boxes that start on multiples of the stride, or all that there are where these are fewer.
+
+    The first corner's, the last one's, then any; each once.
+    """
+    steps = tuple(-(-max(0, size - most) // step) for size, most, step in zip(shape, largest, stride, strict=True))
+    places = [(0,) * len(shape), steps]
+    if n >= prod(step + 1 for step in steps):
+        places += product(*(range(step + 1) for step in steps))
+    else:
+        rng, found = np.random.default_rng(seed), set(places)
+        while len(found) < n:
+            places.append(tuple(int(rng.integers(step + 1)) for step in steps))
+            found.add(places[-1])
+    return tuple(_box(place, shape, largest, stride) for place in list(dict.fromkeys(places))[:n])
+
+
+def _box(
+    place: tuple[int, ...], shape: tuple[int, ...], largest: tuple[int, ...], stride: tuple[int, ...]
+) -> Box:
+    start = tuple(at * step for at, step in zip(place, stride, strict=True))
+    return Box(start, tuple(min(a + most, size) for a, most, size in zip(start, largest, shape, strict=True)))

@@ -203,6 +203,7 @@ def trained(learn, check, *, recipe, model, args):
     def tell(now: Validation) -> None:
         print(f"step {now.step}: {now.train_loss:.4f}, held out {now.loss:.4f}, {now.told}", flush=True)
 
+    model.unlink(missing_ok=True)  # what an earlier run of the benchmark made would be kept, and take no time
     values = recipe.loss.is_of_values
     truth = {"targets": [clean_of(each) for each in (*learn, *check)]} if values else {"labels": "truth"}
     result = train(

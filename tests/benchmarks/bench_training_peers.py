@@ -103,6 +103,7 @@ def our_arm(args, learn, test):
         warm_up_steps=min(recipe.warm_up_steps, steps // 10), precision=args.precision,
     )  # fmt: skip
     model = args.folder / f"{args.arm}-{recipe.width}-{args.fold}-{args.seed}-{steps}.safetensors"
+    model.unlink(missing_ok=True)  # what an earlier run of the benchmark made would be kept, and take no time
     begin, begin_cpu = time.perf_counter(), cpu_s()
     result = train(
         learn, labels=cells_as[args.arm], model=str(model), recipe=recipe, seed=args.seed, device=args.device,

@@ -13,6 +13,7 @@ pytest.importorskip("prefect")
 from prefect.artifacts import Artifact
 from prefect.exceptions import ParameterTypeError
 from test_train import image_of, textures
+from volumes import tree_digest
 
 from flows import train as train_flow
 from flows.train import Course, train_model
@@ -37,6 +38,11 @@ def test_a_training_shows_its_course_and_makes_a_model(server, tmp_path, monkeyp
     rows = json.loads(table.data)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["step"] for row in rows if row["best so far"]] == [best["step"]]
+    before = tree_digest(tmp_path)
+    assert train_model([image], "truth", model, recipe=str(tmp_path / "r.toml"))["sha256"] == result["sha256"]
+    state = train_model([image], "truth", model, 5.0, recipe=str(tmp_path / "r.toml"), return_state=True)
+    assert "a model must not replace another file, got " in state.message
+    assert tree_digest(tmp_path) == before
     for kind in ("curves", "sample"):
         picture = base64.b64encode((tmp_path / f"flow.safetensors.{kind}.png").read_bytes()).decode()
         assert f"(data:image/png;base64,{picture})" in Artifact.get(key="flow-curves").data

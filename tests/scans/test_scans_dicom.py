@@ -1,19 +1,13 @@
 """DICOM against pydicom and known bodies: voxels, places and intensities, and what is refused."""
 
 
-import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from bodies import SIZE_MM, VOXELS, refused, same, series, stored, write_dicom, write_pixels
+from bodies import SIZE_MM, VOXELS, enhanced, refused, same, series, stored, write_dicom
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import (
-    EnhancedCTImageStorage,
-    ExplicitVRLittleEndian,
-    JPEGLosslessSV1,
-    generate_uid,
-)
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1
 
 from pipeline.errors import ScanError
 from pipeline.scans.backend import open_scan
@@ -49,36 +43,32 @@ def test_slices_that_differ_in_slope_are_floats(tmp_path):
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEGLosslessSV1])
 def test_a_file_of_many_frames_is_the_series(tmp_path, syntax):
-    data = Dataset()
-    data.SOPClassUID, data.SOPInstanceUID = EnhancedCTImageStorage, generate_uid()
-    order = RNG.permutation(len(VOXELS))
-    data.Rows, data.Columns, data.NumberOfFrames = *VOXELS.shape[1:], len(VOXELS)
-    write_pixels(data, VOXELS[order])
-    frames, shared = [], Dataset()
-    for index in order:
-        place, group = Dataset(), Dataset()
-        place.ImagePositionPatient = [0.0, 0.0, float(index * SIZE_MM[0])]
-        group.PlanePositionSequence = [place]
-        frames.append(group)
-    for sequence, name, value in (
-        ("PlaneOrientationSequence", "ImageOrientationPatient", [1, 0, 0, 0, 1, 0]),
-        ("PixelMeasuresSequence", "PixelSpacing", list(SIZE_MM[1:])),
-        ("PixelValueTransformationSequence", "RescaleIntercept", -100),
-    ):
-        item = Dataset()
-        setattr(item, name, value)
-        setattr(shared, sequence, [item])
-    data.PerFrameFunctionalGroupsSequence, data.SharedFunctionalGroupsSequence = frames, [shared]
-    data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = syntax
-    if syntax == JPEGLosslessSV1:
-        each = [imagecodecs.ljpeg_encode(pixels.view(np.uint16)) for pixels in VOXELS[order]]
-        data.PixelData = pydicom.encaps.encapsulate(each)
-        data["PixelData"].is_undefined_length = True
-    data.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
-    scan = open_scan(tmp_path / "enhanced.dcm")
-    same(scan, VOXELS.astype(np.int32) - 100)
+    file = enhanced(tmp_path / "enhanced.dcm", intercept=-100, syntax=syntax)
+    same(open_scan(file), VOXELS.astype(np.int32) - 100)
     same(open_scan(tmp_path), VOXELS.astype(np.int32) - 100)
+
+
+def test_each_file_of_many_frames_is_a_volume_of_its_own(tmp_path):
+    upper = enhanced(tmp_path / "a.dcm", VOXELS, first=len(VOXELS))  # right behind the other: no gap tells them apart
+    lower = enhanced(tmp_path / "b.dcm", VOXELS[::-1])
+    same(open_scan(upper))
+    same(open_scan(lower), VOXELS[::-1])
+    told = r"one series, got .* where there are .*number 4, [ab]\.dcm of 7 frames\); .*or a file of many frames itself$"
+    for path in (tmp_path, f"{tmp_path}::4", f"{tmp_path}::1.2.3", f"{tmp_path}/*.dcm"):
+        refused(path, told)
+    for file, voxels in ((upper, VOXELS), (lower, VOXELS[::-1])):
+        same(open_scan(f"{tmp_path}::{pydicom.dcmread(file).SOPInstanceUID}"), voxels)
+    write_dicom(tmp_path, *stored((0, 1, 2), (1, 1, 1)), series="1.2.7", number=5)
+    same(open_scan(f"{tmp_path}::5"))
+    refused(f"{tmp_path}::4", told)
+
+
+def test_files_of_a_concatenation_are_parts_of_one_volume(tmp_path):
+    for name, part, first in (("b", VOXELS[:3], 0), ("a", VOXELS[3:], 3)):
+        enhanced(tmp_path / f"{name}.dcm", part, first=first, ConcatenationUID="1.2.3.4")
+    same(open_scan(tmp_path))
+    same(open_scan(f"{tmp_path}::4"))
+    same(open_scan(f"{tmp_path}::1.2.3.4"))
 
 
 def test_series_that_are_no_volume_are_refused_in_one_line(tmp_path):

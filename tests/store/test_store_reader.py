@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from pipeline.cli import main
 from pipeline.errors import ScanError
 from pipeline.scans.backend import open_scan
 from pipeline.scans.registry import open_lazy
@@ -12,17 +14,20 @@ from pipeline.scans.registry import open_lazy
 VOXELS = np.random.default_rng(0).integers(0, 60000, (2, 12, 20, 30)).astype(np.uint16)
 
 
-def ome(version, *, unit="nanometer"):
-    axes = [{"name": "c", "type": "channel"}] + [{"name": a, "type": "space", "unit": unit} for a in "zyx"]
+def ome(version, *, unit="nanometer", units=None):
+    units = dict.fromkeys("zyx", unit) if units is None else units
+    axes = [{"name": "c", "type": "channel"}] + [
+        {"name": axis, "type": "space"} | ({"unit": units[axis]} if axis in units else {}) for axis in "zyx"
+    ]
     scale = [{"type": "scale", "scale": [1.0, 40.0, 4.0, 4.0]}]
     about = {"axes": axes, "datasets": [{"path": "s0", "coordinateTransformations": scale}], "version": version}
     return {"multiscales": [about]} if version == "0.4" else {"ome": {"version": version, "multiscales": [about]}}
 
 
-def write(folder, version, **about):
+def write(folder, version, *, voxels=VOXELS, **about):
     form = 2 if version == "0.4" else 3
     group = zarr.create_group(folder, zarr_format=form, attributes=ome(version, **about))
-    group.create_array("s0", shape=VOXELS.shape, chunks=(1, 8, 8, 8), dtype=np.uint16)[:] = VOXELS
+    group.create_array("s0", shape=voxels.shape, chunks=(1, 8, 8, 8), dtype=np.uint16)[:] = voxels
     return str(folder)
 
 
@@ -79,3 +84,33 @@ def test_what_is_no_scan_is_one_line(tmp_path):
 def test_a_real_ome_zarr(data):
     scan = open_scan(data / "ome_zarr" / "6001240_labels_v0.5.zarr")
     assert (scan.dims, scan.shape, scan.dtype) == (("c", "z", "y", "x"), (2, 236, 68, 67), np.uint16)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_sizes_that_are_told_of_some_axes_are_not_lost_in_silence(tmp_path, capsys, version):
+    scan = write(tmp_path / "x.zarr", version, units={"y": "nanometer", "x": "micrometer"})
+    assert (opened := open_scan(scan)).attrs["voxel_size_um_of"] == pytest.approx({"y": 0.004, "x": 4.0})
+    assert "voxel_size_um" not in opened.attrs
+    assert main(["info", scan, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["voxel_size_um"] == [None, 0.004, 4.0]
+    assert main(["ingest", scan, str(tmp_path / "y.zarr"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["voxel_size_um"] is None
+    line = f"no voxel size, since {scan} tells 0.004 um along y, 4 um along x alone; --voxel-size-um gives all"
+    assert "".join(err.split()).count("".join(line.split())) == 1
+    assert main(["ingest", scan, str(tmp_path / "z.zarr"), "--voxel-size-um", "0.04,0.004,4", "--json"]) == 0
+    assert "alone" not in capsys.readouterr().err
+
+
+def test_an_axis_that_is_no_axis_of_the_scan_needs_no_unit(tmp_path):
+    flat = write(tmp_path / "flat.zarr", "0.4", units={"y": "micrometer", "x": "micrometer"}, voxels=VOXELS[:, :1])
+    assert open_scan(flat).attrs["voxel_size_um"] == (4.0, 4.0)
+
+
+def test_axes_that_are_names_alone_have_no_size(tmp_path):
+    group = zarr.open_group(write(tmp_path / "old.zarr", "0.4"), mode="a", zarr_format=2)
+    (about,) = group.attrs["multiscales"]
+    group.attrs["multiscales"] = [about | {"version": "0.3", "axes": ["c", "z", "y", "x"]}]
+    scan = open_scan(tmp_path / "old.zarr")
+    assert (scan.dims, "voxel_size_um" in scan.attrs) == (("c", "z", "y", "x"), False)
+    np.testing.assert_array_equal(scan[0, 3], VOXELS[0, 3])

@@ -99,14 +99,10 @@ class CheckpointFile:
 
     def _check_same(self, run: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run with other settings."""
-        there, here = dict(_leaves(run)), dict(_leaves(json.loads(json.dumps(self.run))))
-        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-        if differing:
-            name = differing[0]
-            more = f" and {len(differing) - 1} more" if differing[1:] else ""
+        if differing := difference(self.run, run, path=self.path):
             raise ArgumentError(
-                f"a training goes on with the settings it began with, got {name} {here.get(name)!r}{more} where "
-                f"{self.path} has {there.get(name)!r}; use those, or delete the file to begin anew"
+                f"a training goes on with the settings it began with, got {differing}; use those, or delete the file "
+                "to begin anew"
             )
 
 
@@ -130,6 +126,17 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
+
+
+def difference(here: dict[str, Any], there: dict[str, Any], *, path: str) -> str:
+    """Return the first setting in which a run differs from that of a file, and how many more do; empty if none does."""
+    ours, theirs = dict(_leaves(json.loads(json.dumps(here)))), dict(_leaves(there))
+    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    if not differing:
+        return ""
+    name, *others = differing
+    more = f" and {len(others)} more" if others else ""
+    return f"{name} {ours.get(name)!r}{more} where {path} has {theirs.get(name)!r}"
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 whatever JSON holds
