@@ -219,7 +219,7 @@ def test_probabilities_are_compared_with_probabilities_by_their_values(overlappi
         (["p", "cells.npy", "--channel", "cells", "--threshold", "1"], "at least 0 and under 1, got 1.0; use 0.5"),
         (["p", "cells.npy", "--channel", "cells", "--threshold", "nan"], "at least 0 and under 1, got nan; use 0.5"),
         (["p", "small.npy", "--channel", "cells"], "must have one shape, got (3, 40, 30) and (3, 40, 29)"),
-        (["p", "real.npy", "--channel", "cells"], "labels must be integers without channels, got float32"),
+        (["p", "real.npy", "--channel", "cells"], "that are whole numbers from 0 to 16777216, got 0.5 at z 0"),
         (["p", "all.npy", "--channel", "cells", "--ignore", "255"], "must have voxels that count, got 255 in all of "),
         (["cells.npy", "cells.npy", "cells.npy"], "need probabilities of labels that overlap, got none at cells.npy"),
         (["cells.npy", "cells.npy", "--threshold", "0.4"], "and --threshold need probabilities of labels that"),
@@ -231,7 +231,7 @@ def test_probabilities_are_compared_with_probabilities_by_their_values(overlappi
 def test_what_cannot_be_compared_label_by_label_is_refused(overlapping, monkeypatch, capsys, arguments, why):
     monkeypatch.chdir(overlapping)
     np.save("small.npy", np.zeros((3, 40, 29), np.uint8))
-    np.save("real.npy", np.zeros(SHAPE, np.float32))
+    np.save("real.npy", np.full(SHAPE, 0.5, np.float32))
     np.save("all.npy", np.full(SHAPE, IGNORE, np.uint8))
     if arguments[0] == "s":
         settings = UNetSettings(dims=2, width=4, depth=1, n_classes=3, padding=Padding.SAME)
