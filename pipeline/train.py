@@ -22,7 +22,7 @@ from pipeline.store.location import Location, storage_errors
 from pipeline.store.shelf import called, to_be_written
 from pipeline.training import Learnt, Training
 from pipeline.unet.device import has_bf16, pick_device
-from pipeline.unet.model import Model, as_saved, save_model, unets_of
+from pipeline.unet.model import Model, as_saved, build_unet, save_model
 from pipeline.unet.training.checkpoint import CheckpointFile
 from pipeline.unet.training.course import Step, Validation
 from pipeline.unet.training.processes import processes_for
@@ -159,7 +159,7 @@ def train(
             names = [each.title for each in trainings]
             made = joined([as_saved(each.model) for each in learnt], names=names, made_by="haloseg train")
         saved = save_model(made, model)
-    shown = sample(unets_of(saved, device), lesson.check, device=device)
+    shown = sample([build_unet(each, device) for each in saved.members], lesson.check, device=device)
     Location(f"{model}.sample.png").write_bytes(draw_sample(shown))
     _forget(model)
     return TrainResult(saved, str(model), tuple(learnt), perf_counter() - begin)

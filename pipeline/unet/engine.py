@@ -164,12 +164,12 @@ class Engine:
 
 def _folded(convolution: Any, norm: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401 modules of either dimension
     """Return weight and bias, float64, of a convolution and the frozen normalisation after it as one convolution."""
-    weight = convolution.weight.detach().double()
+    weight = convolution.weight.detach().to(torch.float64, copy=True)
     bias = None if convolution.bias is None else convolution.bias.detach().double()
     if norm is None:
         return weight, bias
     scale, shift = _scaling(norm)
-    weight = weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
+    weight *= scale.reshape(-1, *(1,) * (weight.ndim - 1))  # in place: a wide layer has most of a network's weights
     return weight, shift if bias is None else bias * scale + shift
 
 

@@ -181,8 +181,8 @@ def networks_of(model: Model, device: str) -> tuple[UNet | ForeignNetwork, ...]:
 
 
 def unets_of(model: Model, device: str) -> tuple[UNet, ...]:
-    """Return the model's networks, which are ours, one but of an ensemble; see ``build``."""
-    return tuple(build_unet(each, device) for each in model.members)
+    """Return the model's networks, which are ours, for engines to be made of: on a CPU with the model's own tensors."""
+    return tuple(_unet(each).to(device) for each in model.members)
 
 
 def build(model: Model, device: str) -> UNet | ForeignNetwork:
@@ -196,11 +196,16 @@ def build(model: Model, device: str) -> UNet | ForeignNetwork:
 
 def build_unet(model: Model, device: str) -> UNet:
     """Return the network of a model, which is ours and no ensemble, on a device, in eval mode and without gradients."""
+    network = _unet(model)
+    network.to(memory_format=channels_last(model.unet.dims))  # type: ignore[call-overload]
+    return network.to(device)
+
+
+def _unet(model: Model) -> UNet:
     with torch.device("meta"):
         network = UNet(model.unet)
     network.load_state_dict(model.weights, assign=True)
-    network.to(memory_format=channels_last(model.unet.dims))  # type: ignore[call-overload]
-    return network.to(device).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _content(model: Model) -> bytes:

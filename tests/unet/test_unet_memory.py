@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -7,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peaks import each_measured
 
+from pipeline.config import Passes, Precision, Tta
 from pipeline.errors import ArgumentError, BudgetError
 from pipeline.store.statistics import Normalisation
 from pipeline.unet.cost import weight_bytes
 from pipeline.unet.families import chain_of, name_of
 from pipeline.unet.heap import Heap
+from pipeline.unet.members import together
 from pipeline.unet.memory import ALLOCATOR, choose_tile, peak_bytes
-from pipeline.unet.model import Model
+from pipeline.unet.model import Model, save_model
 from pipeline.unet.network import UNet
 from pipeline.unet.settings import Block, Family, Padding, UNetSettings, closed_form_rule
 
@@ -55,6 +58,47 @@ def measure(document, small, tile, engine):
     run(small)
     return grown(lambda: run(tile))
 """
+MEASURE_WEIGHTS = """
+import json, sys
+from peaks import grown
+from pipeline.config import Precision, Tta
+from pipeline.unet.engines import keep_freed_memory
+from pipeline.unet.model import load_model, networks_of, unets_of
+from pipeline.unet.turns import engines_of
+
+def measure(path, precision, tta):
+    keep_freed_memory()
+    def run():
+        model = load_model(path)
+        engines = engines_of(unets_of(model, "cpu"), Tta(tta), device="cpu", precision=Precision(precision))
+        return model, engines, networks_of(model, "cpu")
+    return grown(run)
+"""
+WIDE = UNetSettings(dims=2, width=64, depth=3, padding=Padding.SAME, batch_norm=True)
+WEIGHTS = [(1, "float32", "none"), (5, "float32", "none"), (1, "bf16", "none"), (5, "bf16", "none"),
+           (1, "float32", "flips")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights_grown(tmp_path_factory):
+    folder, networks = tmp_path_factory.mktemp("wide"), [UNet(WIDE).state_dict() for _ in range(5)]
+    for n in (1, 5):
+        tensors = together(networks) if n > 1 else networks[0]
+        save_model(replace(a_model(WIDE), weights=tensors, n_networks=n), folder / str(n))
+    cases = [[str(folder / str(n)), precision, tta] for n, precision, tta in WEIGHTS]
+    return dict(zip(WEIGHTS, each_measured(MEASURE_WEIGHTS, cases), strict=True))
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_of_wide_networks_take_what_is_told(case, weights_grown):
+    n, precision, tta = case
+    passes = Passes(n, Tta(tta).n_turns(WIDE.dims))
+    told = weight_bytes(chain_of(WIDE), itemsize=Precision(precision).itemsize, passes=passes)
+    ratio = weights_grown[case] / told
+    print(f"measured / predicted = {ratio:.2f}")
+    assert 0.7 < ratio < 1.05
+
+
 MEASURED = [
     (UNetSettings(dims=2, width=32, depth=3), (668, 668)),
     (UNetSettings(dims=2, width=16, depth=4, padding=Padding.SAME, batch_norm=True), (1024, 1024)),
