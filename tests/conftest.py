@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from objects import environment, new_bucket, object_server
 
 import pipeline.unet  # noqa: F401 settles how torch's threads wait, before a test module imports torch
+
+settings.register_profile("haloseg", deadline=None)  # a busy machine is no counterexample
+settings.load_profile("haloseg")
 
 
 @pytest.fixture(scope="module")
