@@ -27,7 +27,7 @@ Longs = NDArray[np.int64]
 A = TypeVar("A")
 B = TypeVar("B")
 
-_N_AT_ONCE = 16  # blocks whose files are read or written at once: storage may be slow to answer
+_N_AT_ONCE = 8  # blocks whose files are read or written at once: storage may be slow to answer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
