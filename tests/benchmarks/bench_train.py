@@ -3,7 +3,8 @@
 Threads and process read every patch from an OME-Zarr on disk, warped by the field of its augmentation, while steps are
 taken; memory has the very same batches in a list. All carry out the changes on the device, and take the same steps.
 What is timed begins after ``--skip`` steps, when most chunks are in the cache that a training has. With ``--cold`` it
-has none: so it is in a volume of many times the cache's size, where hardly any chunk is met again.
+has none: so it is in a volume of many times the cache's size, where hardly any chunk is met again. With ``--resident``
+the image is held in memory as a whole, as small ones are; its patches are still drawn, cut out and brought to scale.
 
 A fourth one is fed from memory while a process reads for nobody, as fast as it can: on few cores, that two processes
 share them costs more than what passes between them. Rounds are interleaved; medians are told, and how they stand to
@@ -11,7 +12,7 @@ those from memory: of the steps' time, and of the CPU time of the training's pro
 batch, for which the process has to start, is told by itself.
 
     python tests/benchmarks/bench_train.py [--device cpu|cuda|host] [--rounds 5] [--steps 40] [--skip 40] [--dims 2|3]
-        [--width N] [--host-ms 25] [--cold]
+        [--width N] [--host-ms 25] [--cold | --resident]
 
 ``--device host`` stands for the processor of a GPU's machine, where there is none: one thread copies each batch as it
 would for a GPU, and calls the operators of training steps, about ``--host-ms`` of them, on patches so small that they
@@ -144,6 +145,7 @@ def main():
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--skip", type=int, default=40)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--resident", action="store_true")
     parser.add_argument("--dims", type=int, default=2, choices=(2, 3))
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--host-ms", type=float, default=25.0)
@@ -151,7 +153,7 @@ def main():
     args = parser.parse_args()
     device = args.device if args.device == "host" else pick_device(args.device)
     keep_freed_memory()  # as ``fit`` does
-    pipeline.lesson.RESIDENT_BYTES = 0  # read from disk, however small
+    pipeline.lesson.RESIDENT_BYTES *= args.resident  # else read from disk, however small
     pipeline.lesson.CACHED_BYTES *= not args.cold
     changes = replace(AUGMENTATION, elastic_sigma_voxels=ELASTIC_SIGMA_VOXELS[args.dims])
     recipe = Recipe(dims=args.dims, width=args.width, augmentation=changes, precision=Precision(args.precision))
@@ -171,7 +173,7 @@ def main():
     memory = medians[MEMORY]
     json.dump({
         "device": device, "dims": args.dims, "width": lesson.settings.width, "precision": args.precision,
-        "threads": torch.get_num_threads(), "cold": args.cold,
+        "threads": torch.get_num_threads(), "cold": args.cold, "resident": args.resident,
         "ms_per_step": {kind: round(each[0], 2) for kind, each in medians.items()},
         "cpu_ms_per_step": {kind: round(each[1], 2) for kind, each in medians.items()},
         "ms_of_first_batch": {kind: round(each[2]) for kind, each in medians.items()},

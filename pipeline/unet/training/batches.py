@@ -37,6 +37,8 @@ def batches(
 ) -> Generator[tuple[int, list[Patch]], None, None]:
     """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile.
 
+    With ``ahead`` 0 a batch is read once it is asked for, by several threads at once.
+
     One thread draws, since what is drawn depends on what was drawn before; others read.
 
     Raises
@@ -53,7 +55,7 @@ def batches(
         def submit() -> None:
             for step in steps:
                 coming.append((step, drawer.submit(read, step)))
-                if len(coming) >= ahead:
+                if len(coming) >= max(ahead, 1):
                     break
 
         submit()
@@ -61,8 +63,11 @@ def batches(
             step, drawn = coming.popleft()
             with _one_line(step):
                 batch = [each.result() for each in drawn.result()]
-            submit()
+            if ahead:
+                submit()
             yield step, batch
+            if not ahead:
+                submit()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Loading: who reads the batches of a training ahead, threads of its own, or a process apart.
+"""Loading: who reads the batches of a training, threads of its own, or a process apart, and when.
 
-What either reads, and in which order, is the same; only who waits for whom is not:
+What they read, and in which order, is the same; only who waits for whom is not:
 
     training   |- step 1 -|- step 2 -|- step 3 -|     takes patches where they lie
     reader     |r2|r3|    |r4|       |r5|             puts them there, a few steps ahead at most
+
+    between    |r1|- step 1 -|r2|- step 2 -|          where both need the same cores
 """
 
 from __future__ import annotations
@@ -35,24 +37,22 @@ _END_S = 10.0
 
 
 class Loading(StrEnum):
-    """Who reads."""
+    """Who reads: threads meanwhile, threads between two steps if all is near, or a process meanwhile."""
 
     THREADS = "threads"
+    BETWEEN = "between"
     PROCESS = "process"
 
 
 def loading_for(device: str) -> Loading:
-    """Return who reads for a training on a device: a process where that is a GPU.
+    """Return who reads for a training on a device: a process where that is a GPU, no one meanwhile on a CPU.
 
     A GPU waits for the calls of the training's thread, and that thread for the interpreter, which threads that read
-    take from it. CPU time of the training's process for a step that calls operators as for a GPU, on two quiet cores:
-    from memory 25 ms, by threads 69, by a process 27 (tests/benchmarks/bench_train.py). Of the process's, 0.4 ms go
-    into taking a batch, 0.9 in 3-D, the rest into sharing the machine with it. Its first batch comes
-    half a second later than a thread's, while the network is set up. A CPU has no core to spare, and computes within
-    its calls: four steps of a tiny network took 0.7 s with a process, and 0.2 s without.
+    take from it. A CPU has no core to spare, and a step is cut up by whatever runs beside it: its threads wait for the
+    one that was put aside. What either costs was measured (tests/benchmarks/README.md).
     """
     apart = device == "cuda" and hasattr(os, "memfd_create")
-    return Loading.PROCESS if apart else Loading.THREADS
+    return Loading.PROCESS if apart else Loading.BETWEEN if device == "cpu" else Loading.THREADS
 
 
 @contextmanager
@@ -68,8 +68,9 @@ def loaded(task: Task, *, loading: Loading) -> Iterator[Steps]:
     PipelineError, OSError : of the iterator, as of ``batches``.
     RunError : of the iterator, where the process died.
     """
-    if loading is Loading.THREADS or task.first > task.last:
-        with closing(task.batches()) as steps:
+    if loading is not Loading.PROCESS or task.first > task.last:
+        ahead = 0 if loading is Loading.BETWEEN and task.is_near else AHEAD
+        with closing(task.batches(ahead=ahead)) as steps:
             yield steps
     else:
         with _started(task) as reader, closing(reader.batches(task) if reader else task.batches()) as steps:

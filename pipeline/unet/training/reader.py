@@ -15,8 +15,11 @@ from queue import SimpleQueue
 from threading import Thread
 from traceback import format_exc
 
+import numpy as np
+
 from pipeline.errors import PipelineError
-from pipeline.unet.training.batches import batches
+from pipeline.store.reading import LocalVoxels
+from pipeline.unet.training.batches import AHEAD, batches
 from pipeline.unet.training.packed import Packed, pack
 from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.shared import Parcel, Shared
@@ -37,9 +40,15 @@ class Task:
     last: int
     share: slice
 
-    def batches(self) -> Steps:
+    @property
+    def is_near(self) -> bool:
+        """Whether all voxels lie in memory or on this machine's disks."""
+        return all(isinstance(source.image, np.ndarray | LocalVoxels) for source in self.patches.sources)
+
+    def batches(self, *, ahead: int = AHEAD) -> Steps:
         """Yield the steps with their patches, packed."""
-        steps = batches(self.patches, self.n, seed=self.seed, first=self.first, last=self.last, share=self.share)
+        about = {"seed": self.seed, "first": self.first, "last": self.last}
+        steps = batches(self.patches, self.n, **about, ahead=ahead, share=self.share)
         with closing(steps):
             for step, drawn in steps:
                 yield step, pack(drawn)
@@ -108,7 +117,7 @@ def _listen(pipe: Connection, free: SimpleQueue[int], parent: int) -> None:
 
 def main() -> None:
     """Be the process; the arguments are descriptors: of the pipe, of the task's memory, and of those for batches."""
-    os.nice(10)
+    os.nice(10)  # where there is no core for all, the training's thread goes first: it is that which a GPU waits for
     descriptor, task, *memories = map(int, sys.argv[1:])
     with Connection(descriptor) as pipe:
         try:
