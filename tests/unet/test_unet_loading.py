@@ -242,6 +242,8 @@ def test_the_process_that_reads_imports_no_torch():
     assert printed == "False\n"
 
 
-def test_a_process_reads_for_a_gpu_and_threads_for_a_processor():
-    assert loading_for("cuda") is Loading.PROCESS
-    assert loading_for("cpu") is Loading.BETWEEN
+def test_a_process_reads_for_a_gpu_and_the_training_itself_on_few_cores(monkeypatch):
+    for n_cores, on_cpu in ((2, Loading.BETWEEN), (64, Loading.THREADS)):
+        monkeypatch.setattr("os.cpu_count", lambda n=n_cores: n)
+        assert loading_for("cuda") is Loading.PROCESS
+        assert loading_for("cpu") is on_cpu

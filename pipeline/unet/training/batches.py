@@ -37,8 +37,6 @@ def batches(
 ) -> Generator[tuple[int, list[Patch]], None, None]:
     """Yield the steps from ``first`` to ``last`` with their patches; ``ahead`` batches are read meanwhile.
 
-    With ``ahead`` 0 a batch is read once it is asked for, by several threads at once.
-
     One thread draws, since what is drawn depends on what was drawn before; others read.
 
     Raises
@@ -55,7 +53,7 @@ def batches(
         def submit() -> None:
             for step in steps:
                 coming.append((step, drawer.submit(read, step)))
-                if len(coming) >= max(ahead, 1):
+                if len(coming) >= ahead:
                     break
 
         submit()
@@ -63,11 +61,18 @@ def batches(
             step, drawn = coming.popleft()
             with _one_line(step):
                 batch = [each.result() for each in drawn.result()]
-            if ahead:
-                submit()
+            submit()
             yield step, batch
-            if not ahead:
-                submit()
+
+
+def batches_between(
+    patches: Patches, n: int, *, seed: int, first: int, last: int, share: slice = _WHOLE
+) -> Generator[tuple[int, list[Patch]], None, None]:
+    """Yield the same as ``batches``; each is read when it is asked for, by who asks."""
+    for step in range(first, last + 1):
+        with _one_line(step):
+            batch = [read() for read in _drawn(patches, n, seed=seed, step=step)[share]]
+        yield step, batch
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Loading: who reads the batches of a training, threads of its own, or a process apart, and when.
+"""Loading: who reads the batches of a training, itself, threads of its own, or a process apart, and when.
 
 What they read, and in which order, is the same; only who waits for whom is not:
 
@@ -34,10 +34,11 @@ _LOG = logging.getLogger(__name__)
 _MAIN = "from pipeline.unet.training.reader import main; main()"
 _STDERR = 2
 _END_S = 10.0
+_FEW_CORES = 4
 
 
 class Loading(StrEnum):
-    """Who reads: threads meanwhile, threads between two steps if all is near, or a process meanwhile."""
+    """Who reads: threads meanwhile, itself between two steps if all is near, or a process meanwhile."""
 
     THREADS = "threads"
     BETWEEN = "between"
@@ -45,14 +46,16 @@ class Loading(StrEnum):
 
 
 def loading_for(device: str) -> Loading:
-    """Return who reads for a training on a device: a process where that is a GPU, no one meanwhile on a CPU.
+    """Return who reads for a training on a device: a process where that is a GPU, no one meanwhile on few cores.
 
     A GPU waits for the calls of the training's thread, and that thread for the interpreter, which threads that read
-    take from it. A CPU has no core to spare, and a step is cut up by whatever runs beside it: its threads wait for the
-    one that was put aside. What either costs was measured (tests/benchmarks/README.md).
+    take from it. A CPU of few cores has none to spare, and a step is cut up by whatever runs beside it: its threads
+    wait for the one that was put aside. Either was measured, on two cores (tests/benchmarks/README.md).
     """
-    apart = device == "cuda" and hasattr(os, "memfd_create")
-    return Loading.PROCESS if apart else Loading.BETWEEN if device == "cpu" else Loading.THREADS
+    if device == "cuda" and hasattr(os, "memfd_create"):
+        return Loading.PROCESS
+    few = (os.cpu_count() or 1) <= _FEW_CORES
+    return Loading.BETWEEN if device == "cpu" and few else Loading.THREADS
 
 
 @contextmanager
@@ -69,8 +72,8 @@ def loaded(task: Task, *, loading: Loading) -> Iterator[Steps]:
     RunError : of the iterator, where the process died.
     """
     if loading is not Loading.PROCESS or task.first > task.last:
-        ahead = 0 if loading is Loading.BETWEEN and task.is_near else AHEAD
-        with closing(task.batches(ahead=ahead)) as steps:
+        meanwhile = loading is Loading.THREADS or not task.is_near
+        with closing(task.batches(meanwhile=meanwhile)) as steps:
             yield steps
     else:
         with _started(task) as reader, closing(reader.batches(task) if reader else task.batches()) as steps:
