@@ -17,7 +17,10 @@ from prometheus_client import Counter, Gauge
 from pipeline.compute.clock import StageClock
 from pipeline.compute.runner import BlockRecord
 
-WORKS = ("IngestBlocks", "LevelBlocks", "MeasureBlocks", "SegmentColumns", "SegmentBlocks", "CertifyBoxes")
+WORKS = (
+    "IngestBlocks", "LevelBlocks", "MeasureBlocks", "SegmentColumns", "SegmentBlocks", "CertifyBoxes", "ValueBlocks",
+    "ComponentBlocks", "InstanceBlocks",
+)  # fmt: skip
 _STAGES = ("read", "wait", "compute", "write")
 _BLOCKS = Counter("haloseg_blocks", "Blocks written", ["work"])
 _FAILED = Counter("haloseg_blocks_failed", "Attempts at blocks that failed", ["work"])

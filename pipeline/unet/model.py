@@ -27,8 +27,7 @@ from pipeline.unet.network import UNet, channels_last
 from pipeline.unet.settings import Head, UNetSettings, closed_form_rule
 
 FORMAT = 5
-# what an older haloseg can read, too
-_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS, _FORMAT_OF_SLICES, _FORMAT_OF_ENSEMBLES = 1, 2, 3, 4
+_FORMAT_OF_UNETS, _FORMAT_OF_OTHERS, _FORMAT_OF_SLICES, _FORMAT_OF_ENSEMBLES = 1, 2, 3, 4  # for an older haloseg, too
 _FIELDS = {
     "format", "network", "classes", "class_values", "normalisation", "channels", "voxel_size_um", "rule", "training",
 }  # fmt: skip
@@ -237,8 +236,7 @@ def _to_json(model: Model) -> dict[str, Any]:
     optional = {name: getattr(model, name) for name in _OPTIONAL_FIELDS if getattr(model, name)}
     several = {_NUMBER: model.n_networks} if model.n_networks > 1 else {}
     return optional | several | {
-        "format": _format_of(model),
-        "network": model.settings.to_json(), "classes": model.classes,
+        "format": _format_of(model), "network": model.settings.to_json(), "classes": model.classes,
         "class_values": model.class_values, "normalisation": model.normalisation.value, "channels": model.channels,
         "voxel_size_um": model.voxel_size_um, "training": model.training,
         "rule": {"stride": model.rule.stride, "halo": model.rule.halo, "trim": model.rule.trim},
@@ -271,10 +269,10 @@ def _from_json(document: dict[str, Any], *, weights: dict[str, Tensor], digest: 
     foreign = isinstance(network, dict) and network.get("kind") == "program"
     settings = ForeignSettings.from_json(network, tile_rule, weights) if foreign else UNetSettings.from_json(network)
     return Model(
-        settings, tuple(map(str, document["classes"])),
-        tuple(map(int, document["class_values"])), Normalisation(document["normalisation"]),
-        tuple(map(str, document["channels"])), None if size is None else tuple(map(float, size)),
-        tile_rule, document["training"], weights, digest, limits, target_windows, input_windows, n,
+        settings, tuple(map(str, document["classes"])), tuple(map(int, document["class_values"])),
+        Normalisation(document["normalisation"]), tuple(map(str, document["channels"])),
+        None if size is None else tuple(map(float, size)), tile_rule, document["training"], weights, digest, limits,
+        target_windows, input_windows, n,
     )  # fmt: skip
 
 
