@@ -101,8 +101,8 @@ def test_a_reader_that_is_killed_ends_the_run_in_one_line_and_the_next_run_goes_
     assert (tmp_path / "m.checkpoint").exists()
 
 
-def every(lesson, *, team, say):
-    """Train by every way of loading, each member its share of the patches."""
+def both(lesson, *, team, say):
+    """Train by either way of loading, each member its share of the patches."""
     about = {"validation": lesson.check, "recipe": QUICK, "device": "cpu", "seed": 1, "team": team}
     return [fit(lesson.settings, lesson.learn, loading=loading, **about) for loading in Loading]
 
@@ -116,10 +116,9 @@ def killed(lesson, *, team, say):
 
 def test_members_of_a_team_have_readers_of_their_own(slide):
     lesson = open_lesson([slide], labels="truth", recipe=QUICK)
-    threads, *others = launch(partial(every, lesson), 2, device="cpu", on_word=print)
-    for other in others:
-        assert other.curve == threads.curve
-        assert all(torch.equal(tensor, other.weights[name]) for name, tensor in threads.weights.items())
+    threads, process = launch(partial(both, lesson), 2, device="cpu", on_word=print)
+    assert process.curve == threads.curve
+    assert all(torch.equal(tensor, process.weights[name]) for name, tensor in threads.weights.items())
     assert active_children() == []
 
 

@@ -65,16 +65,6 @@ def batches(
             yield step, batch
 
 
-def batches_between(
-    patches: Patches, n: int, *, seed: int, first: int, last: int, share: slice = _WHOLE
-) -> Generator[tuple[int, list[Patch]], None, None]:
-    """Yield the same as ``batches``; each is read when it is asked for, by who asks."""
-    for step in range(first, last + 1):
-        with _one_line(step):
-            batch = [read() for read in _drawn(patches, n, seed=seed, step=step)[share]]
-        yield step, batch
-
-
 @contextmanager
 def _one_line(step: int) -> Iterator[None]:
     """Turn whatever a decoder dies of into one line; failing storage stays an OSError."""

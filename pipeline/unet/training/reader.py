@@ -15,11 +15,8 @@ from queue import SimpleQueue
 from threading import Thread
 from traceback import format_exc
 
-import numpy as np
-
 from pipeline.errors import PipelineError
-from pipeline.store.reading import LocalVoxels
-from pipeline.unet.training.batches import batches, batches_between
+from pipeline.unet.training.batches import batches
 from pipeline.unet.training.packed import Packed, pack
 from pipeline.unet.training.patches import Patches
 from pipeline.unet.training.shared import Parcel, Shared
@@ -40,15 +37,9 @@ class Task:
     last: int
     share: slice
 
-    @property
-    def is_near(self) -> bool:
-        """Whether all voxels lie in memory or on this machine's disks."""
-        return all(isinstance(source.image, np.ndarray | LocalVoxels) for source in self.patches.sources)
-
-    def batches(self, *, meanwhile: bool = True) -> Steps:
-        """Yield the steps with their patches, packed; the next ones are read meanwhile, or not."""
-        read = batches if meanwhile else batches_between
-        steps = read(self.patches, self.n, seed=self.seed, first=self.first, last=self.last, share=self.share)
+    def batches(self) -> Steps:
+        """Yield the steps with their patches, packed."""
+        steps = batches(self.patches, self.n, seed=self.seed, first=self.first, last=self.last, share=self.share)
         with closing(steps):
             for step, drawn in steps:
                 yield step, pack(drawn)
