@@ -86,7 +86,8 @@ def weights_grown(tmp_path_factory):
         tensors = together(networks) if n > 1 else networks[0]
         save_model(replace(a_model(WIDE), weights=tensors, n_networks=n), folder / str(n))
     cases = [[str(folder / str(n)), precision, tta] for n, precision, tta in WEIGHTS]
-    return dict(zip(WEIGHTS, each_measured(MEASURE_WEIGHTS, cases), strict=True))
+    twice = (each_measured(MEASURE_WEIGHTS, cases, n_small=n_small) for n_small in (0, 2))
+    return dict(zip(WEIGHTS, map(min, *twice), strict=True))  # 1.09 of what is told was seen once, on a busy machine
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
