@@ -125,8 +125,8 @@ def measured(cases, **heap):
 
 @pytest.fixture(scope="module")
 def all_grown():
-    """Measured on two heaps: where tensors come to lie, and so what they need, is not the same on each."""
-    return dict(zip(CASES, zip(measured(CASES), measured(CASES, n_small=2), strict=True), strict=True))
+    """Measured on four heaps: where tensors come to lie, and so what they need, is not the same on each."""
+    return dict(zip(CASES, zip(*(measured(CASES, n_small=n) for n in (0, 2, 5, 9)), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASES.values())
@@ -134,7 +134,7 @@ def test_predicted_peak_bounds_the_measured_one(case, all_grown):
     network, tile, _ = case
     ratio = max(all_grown[case]) / (peak_bytes(network, tile) - weights(network))
     print(f"measured / predicted = {ratio:.2f}")
-    assert 0.45 < ratio < 1.05  # a bound: it was 0.46 to 0.95, and once 0.35 where it was measured once
+    assert 0.45 < ratio < 1.05  # a bound: it was 0.46 to 0.95, and twice 0.35 on fewer heaps
 
 
 def test_peak_counts_what_waits_for_its_level():
