@@ -114,7 +114,7 @@ def _values(volume: Volume, grid: BlockGrid, *, truth: Volume, ignore: int | Non
     for block in grid:
         labels = volume.read(block.core)
         if ignore is not None:
-            labels = labels[truth.read(block.core) != ignore]
+            labels = labels[(labels if volume is truth else truth.read(block.core)) != ignore]
         found |= set(map(int, np.unique(labels)))
         if len(found) > _LARGEST_CLASSES:
             raise InputError(
